@@ -259,6 +259,17 @@ def test_folder_of_several_splits_is_an_error(draw: Draw, tmp_path: Path) -> Non
         open_images(data.parent)
 
 
+def test_hidden_files_of_a_folder_of_parquet_are_left_out(draw: Draw, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / ".cache").mkdir(parents=True)
+    write_parquet(data / ".cache" / "train-00000-of-00001.parquet", [draw(0)])
+    with pytest.raises(DataError, match=r"data holds no images \(left out: 1 hidden folder\)"):
+        open_images(data)
+    write_parquet(data / "train-00000-of-00001.parquet", [draw(0)])
+    (data / "._train-00000-of-00001.parquet").write_bytes(b"\0\5\x16\7")  # beside every file on a disk of macOS
+    assert len(open_images(data)) == 1
+
+
 def test_list_of_paths_is_read_in_its_order(draw: Draw, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for i, name in enumerate(("a.jpg", "sub/b c.jpg", "é.png")):

@@ -299,6 +299,7 @@ def test_tars_have_their_own_classes(tmp_path: Path, pack: Callable[..., bytes])
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "1.tar").write_bytes(pack({"b.png": b"B"}))
     (tmp_path / "0.tar").write_bytes(pack({"a.jpg": b"A", "a.cls": b"7"}))
+    (tmp_path / "._0.tar").write_bytes(b"\0\5\x16\7")
     manifest = load_manifest("webdataset")
     found = open_split(manifest, manifest.splits["all"], tmp_path)
     assert [(image.key, image.image, image.label) for image in found] == [("a", b"A", 7), ("b", b"B", None)]

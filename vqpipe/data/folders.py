@@ -265,6 +265,13 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
         raise access_error("list", str(folder), error, CHECK) from error
 
 
+def visible(root: Path, pattern: str) -> list[str]:
+    """The paths below `root` that match a glob, sorted. Hidden files, as the `._NAME` of macOS, and those in hidden
+    folders are left out."""
+    found = (path for path in root.glob(pattern) if not any(part[0] == "." for part in path.relative_to(root).parts))
+    return sorted(map(str, found))
+
+
 def kind_of(entry: os.DirEntry[str]) -> str:
     """ "file", "folder", or why an entry is neither."""
     try:

@@ -24,7 +24,7 @@ from braceexpand import braceexpand
 from vqpipe.artifacts import is_artifact, open_artifact
 from vqpipe.data import remote
 from vqpipe.data.decoding import Color
-from vqpipe.data.folders import Folder, open_files, open_folder, walk
+from vqpipe.data.folders import Folder, open_files, open_folder, visible, walk
 from vqpipe.data.lists import EXTENSIONS as LIST_EXTENSIONS
 from vqpipe.data.lists import open_list
 from vqpipe.data.made_images import FOLDER
@@ -404,11 +404,10 @@ def parquet_files(folder: Path) -> list[str]:
     """
     if next(walk(folder), None) is not None:
         return []
-    files = sorted(str(file) for file in folder.glob("*.parquet"))
+    files = visible(folder, "*.parquet")
     if not files:
-        below = min(folder.rglob("*.parquet"), default=None)
-        if below is not None:
-            pattern = below.parent / f"{SPLIT_NAME.sub('', below.stem)}*.parquet"
+        if below := visible(folder, "**/*.parquet"):
+            pattern = Path(below[0]).parent / f"{SPLIT_NAME.sub('', Path(below[0]).stem)}*.parquet"
             raise DataError(f"{folder} has Parquet files only in folders below it", f"Give them, as '{pattern}'")
         return []
     stems = [Path(file).stem for file in files]

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqpipe.config import from_table, nearest_name, read_toml
-from vqpipe.data.folders import Folder, open_folder, use, walk
+from vqpipe.data.folders import Folder, open_folder, use, visible, walk
 from vqpipe.data.images import ImageSet, open_images
 from vqpipe.data.sources import number_labels
 from vqpipe.data.transforms import Framing, Rule
@@ -311,7 +311,7 @@ def open_split(manifest: DatasetManifest, split: Split, source: str | Path) -> I
 
 def find_tars(root: Path, patterns: Sequence[str]) -> list[str]:
     """Paths of the tars below `root` that match, sorted; a DataError if there are none."""
-    found = sorted({str(path) for pattern in patterns for path in root.glob(pattern) if path.is_file()})
+    found = sorted({path for pattern in patterns for path in visible(root, pattern) if os.path.isfile(path)})
     if not found:
         raise DataError(f"{root} holds no {' or '.join(patterns)}", "Check --source")
     return found
