@@ -294,6 +294,24 @@ def test_prefixes_of_shards_of_one_name_are_distinct(tmp_path: Path, pack: Pack)
     assert [image.key for image in twice] == ["0/x", "0/x"]
 
 
+def test_prefixes_of_folders_of_one_name_are_distinct(tmp_path: Path) -> None:
+    folders = [write(tmp_path / name, "1.png") for name in ("a/images", "b/images")]
+    images = open_images(folders, key_prefix="shard")
+    assert [image.key for image in images] == ["a/images/1", "b/images/1"]
+    assert [images.origin(i) for i in range(2)] == [("a/images", 0), ("b/images", 0)]
+    assert open_images(folders).remarks == [
+        "duplicate keys: 1 key is that of several images, as 1 in a/images and b/images"
+    ]
+    for folder in folders:
+        (folder.parent / "mine.txt").write_text("images/1.png\n")
+    lists = open_images([folder.parent / "mine.txt" for folder in folders], key_prefix="shard")
+    assert [image.key for image in lists] == ["a/mine/images/1", "b/mine/images/1"]
+    patterns = open_images([f"{folder}/*.png" for folder in folders], key_prefix="shard")
+    assert len({image.key for image in patterns}) == 2
+    twice = open_images([folders[0], folders[0]], key_prefix="shard")
+    assert [image.key for image in twice] == ["images/1", "images/1"]
+
+
 @pytest.mark.parametrize("extension", [".txt", ".lst", ".csv", ".tsv", ".jsonl"])
 def test_prefix_of_the_images_of_a_list_is_its_name_without_the_extension(tmp_path: Path, extension: str) -> None:
     write(tmp_path, "1.png")

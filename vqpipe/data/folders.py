@@ -62,6 +62,8 @@ class Folder:
     ) -> None:
         self.root = root
         self.name = printable(root.name or str(root))
+        self.place = os.path.abspath(root)
+        """The path whose end is `name`: it differs between sources of one name."""
         # An Arrow array is one buffer: cheap to send to workers. Names are bytes, as on disk.
         self.files = pa.array([os.fsencode(file) for file in files], pa.large_binary())
         self.labels = np.full(len(files), NO_LABEL, np.int32) if labels is None else np.array(labels, np.int32)
@@ -146,7 +148,7 @@ def open_files(files: Sequence[str], name: str) -> Folder:
     paths = [os.path.abspath(file) for file in files]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     images = Folder(Path(root), [os.path.relpath(path, root) for path in paths])
-    images.name = name
+    images.name, images.place = name, os.path.join(root, name.rpartition("/")[2])
     return images
 
 

@@ -159,12 +159,14 @@ class ImageSet(Sequence[Sample]):
         return f"{stem(self.origin(i)[0])}/{source.key(local)}"
 
     def origin(self, i: int) -> tuple[str, int]:
-        """The name of the shard or folder that holds image `i`, and the position of the image in it. Where shards have
+        """The name of the shard or folder that holds image `i`, and the position of the image in it. Where several have
         the same name, it includes folders above them."""
         source, local = self.locate(i)
         name, position = source.origin(local)
         if self.shard_names and isinstance(source, StoredFiles):
             name = self.shard_names[source.files[source.place(local)[0]].shown]
+        elif self.shard_names and isinstance(source, Folder):
+            name = self.shard_names[source.place]
         return name, position
 
     def label(self, i: int) -> int | None:
@@ -274,9 +276,9 @@ def join_names(lists: Sequence[Sequence[str]]) -> Sequence[str]:
 
 
 def shard_names(sources: Sequence[ImageSource]) -> dict[str, str]:
-    """Path or URL of each shard -> its name, with folders above it; empty where the names alone differ."""
-    files = [file for source in sources if isinstance(source, StoredFiles) for file in source.files]
-    named = {file.shown: file.name for file in files}
+    """Path or URL of each shard and folder -> its name, with folders above it; empty where the names alone differ."""
+    named = {file.shown: file.name for source in sources if isinstance(source, StoredFiles) for file in source.files}
+    named |= {source.place: source.name for source in sources if isinstance(source, Folder)}
     if len(set(named.values())) == len(named):
         return {}
     return dict(zip(named, map(valid_text, distinct_ends(list(named))), strict=True))
@@ -427,7 +429,7 @@ def open_dataset(path: Path) -> Tars | Folder:
     names = artifact.names("*.tar")
     if not names and artifact.names(f"{FOLDER}/*.png"):
         folder = open_folder(path / FOLDER)
-        folder.name = printable(path.name)
+        folder.name, folder.place = printable(path.name), os.path.abspath(path)
         folder.num_classes = artifact.facts.get("num_classes", folder.num_classes)
         return folder
     if not names and artifact.names("originals/*.png"):

@@ -62,7 +62,7 @@ def open_list(file: Path) -> Folder:
         folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     labels, class_names = labels_of(file, entries)
     images = Folder(Path(folder), [os.path.relpath(path, folder) for path in paths], labels, class_names)
-    images.name = file.name
+    images.name, images.place = file.name, os.path.abspath(file)
     return images
 
 
