@@ -142,8 +142,11 @@ def running() -> Iterator[Server]:
             """Send a file, or the range of it that was asked for, and end the connection early if it is to be cut."""
             start, stop, status = 0, len(content), 200
             span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            if span and self.headers.get("If-Range", etag) == etag and self.fault != "no range":
+            version = etag or headers.get("Last_Modified")
+            if span and self.headers.get("If-Range", version) == version and self.fault != "no range":
                 start, status = int(span[1]), 206
+                if "If-Range" in self.headers:  # RFC 9110, 15.3.7
+                    headers.pop("Last_Modified", None)
                 if start >= len(content):
                     return self.reply(416, Content_Range=f"bytes */{len(content)}")
                 stop = min(int(span[2] or stop) + 1, stop)

@@ -176,6 +176,16 @@ def test_interrupted_download_of_a_url_is_resumed_by_the_next_process(
     assert hub_server.log[-1] == "GET /files/weights.pt bytes=300000-"
 
 
+def test_download_that_is_interrupted_twice_is_resumed_twice(hub_server: Any, fetch: Callable[..., Fetched]) -> None:
+    url = f"{hub_server.address}/files/weights.pt"
+    hub_server.versioned, hub_server.modified = False, 1e9
+    for hub_server.cut_at in (300_000, 600_000):
+        assert f"ended at byte {hub_server.cut_at:,}" in fetch(url).error
+    hub_server.cut_at = None
+    assert fetch(url, SHA256).path.read_bytes() == CONTENT
+    assert hub_server.log[1:] == [f"GET /files/weights.pt bytes={start}-" for start in (300_000, 600_000)]
+
+
 @pytest.mark.parametrize("versioned", [True, False])
 def test_partial_download_of_another_version_is_not_continued(
     hub_server: Any, fetch: Callable[..., Fetched], versioned: bool

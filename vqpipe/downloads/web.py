@@ -127,10 +127,12 @@ def download(url: Url, partial: Path, by_hand: str, progress: Progress) -> None:
                 f"{url} needs {(total - start) / 1e6:,.1f} MB in {partial.parent}, {free_space(partial)} are free",
                 "Free some space, or set XDG_CACHE_HOME to a folder with enough",
             )
-        note_version(partial, response.headers)
         done = Megabytes(progress, url.path, total, start)
         with partial.open("r+b" if start else "wb") as file:
-            file.seek(start)
+            if start:
+                file.seek(start)
+            else:  # the file is empty now; an answer with the rest may lack the time of the last change
+                note_version(partial, response.headers)
             while block := response.read(CHUNK):
                 file.write(block)
                 done.advance(len(block))
