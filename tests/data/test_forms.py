@@ -310,6 +310,15 @@ def test_lists_with_columns(
     assert images.class_names == class_names
 
 
+def test_class_names_of_a_list_are_in_its_digest(draw: Draw, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(draw(0))
+    digests = set()
+    for name in ("cat", "dog", "cat"):
+        (tmp_path / "a.csv").write_text(f"path,label\n0.png,{name}\n")
+        digests.add(open_images(tmp_path / "a.csv").digest)
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -61,7 +61,8 @@ def open_list(file: Path) -> Folder:
     if any(os.path.commonpath([folder, path]) != folder for path in paths):
         folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     labels, class_names = labels_of(file, entries)
-    images = Folder(Path(folder), [os.path.relpath(path, folder) for path in paths], labels, class_names)
+    files = [os.path.relpath(path, folder) for path in paths]
+    images = Folder(Path(folder), files, labels, class_names, named=True)
     images.name, images.place = file.name, os.path.abspath(file)
     return images
 
