@@ -507,6 +507,9 @@ def test_an_unfinished_tokenizer_names_the_command_that_finishes_it(
     for name in ("t5", "t5.partial"):
         with pytest.raises(ArtifactError, match=r"t5 is not finished\. Finish it with: vqpipe train --out t5;"):
             Tokenizer.from_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ArtifactError, match=r"t5 is not finished\. Finish it with"):  # not looked up on the hub
+        Tokenizer.from_pretrained(f"{tmp_path.name}/t5")
 
 
 def test_tokens_of_another_tokenizer_are_refused_with_the_name_of_the_one_that_made_them(

@@ -86,7 +86,8 @@ class Tokenizer:
         Its weights are in float32, whatever their type in the file.
 
         A repository is downloaded if it is named by "hf:user/name", or by the string "user/name" where there is no such
-        directory. A `Path`, such as those of the commands, is never looked up on the hub without "hf:".
+        directory, finished or not. A `Path`, such as those of the commands, is never looked up on the hub without
+        "hf:".
 
         Args:
             path: a directory, or "hf:user/name", or "hf:user/name@revision", or "builtin:photos-f8".

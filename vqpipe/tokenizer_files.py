@@ -18,7 +18,7 @@ from vqpipe.artifacts import Artifact, Draft
 from vqpipe.config import from_table, to_table
 from vqpipe.downloads import fetch_repository, split_repository
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
-from vqpipe.files import BUILTIN_TOKENIZERS, atomic_write, write_json
+from vqpipe.files import BUILTIN_TOKENIZERS, atomic_write, partial_path, with_final_name, write_json
 from vqpipe.model_card import local_card
 from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.weights import load_tensors, load_weights, save_weights
@@ -52,7 +52,8 @@ def find_tokenizer(path: str | Path, revision: str | None = None) -> tuple[Path,
     if str(path).startswith("builtin:"):
         folder = builtin_folder(str(path))
     named = str(path).startswith("hf:") or (isinstance(path, str) and "/" in path and not folder.is_absolute())
-    if named and not folder.is_dir():
+    unfinished = revision is None and partial_path(with_final_name(folder)).is_dir()
+    if named and not folder.is_dir() and not unfinished:
         return download(str(path), revision)
     if revision is not None:
         raise ConfigError(f"revision = {revision!r}, but {path} is a directory", "Omit it, or name hf:user/name")
