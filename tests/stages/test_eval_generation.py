@@ -268,6 +268,19 @@ def test_statistics_are_restored_from_a_file_and_from_adms_file(tmp_path: Path) 
     assert (sample[1].permute(1, 2, 0).numpy() == images[1]).all()
 
 
+def test_spatial_statistics_of_adms_file_have_the_order_of_our_features(tmp_path: Path) -> None:
+    maps = torch.arange(17 * 17 * 7, dtype=torch.float64).view(17, 17, 7)  # channels last, as TensorFlow flattens them
+    ours = maps.permute(2, 0, 1).flatten()
+    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    arrays |= {"mu_s": maps.flatten().numpy(), "sigma_s": np.diag(maps.flatten())}
+    np.savez(tmp_path / "adm.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), **arrays)
+    found, _ = read_adm_file(tmp_path / "adm.npz", torch.device("cpu"))
+    mean, covariance = found.moments["spatial"].mean_and_covariance()
+    assert torch.equal(mean, ours)
+    torch.testing.assert_close(covariance.diagonal(), ours)
+    assert covariance.count_nonzero() == covariance.diagonal().count_nonzero()
+
+
 @pytest.fixture(scope="module")
 def adm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """A file as ADM publishes it, with 5 images of 4 px, and its arrays."""

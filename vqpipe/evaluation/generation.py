@@ -41,7 +41,7 @@ from vqpipe.evaluation.reconstruction import PackedCrops
 from vqpipe.files import hash_file
 from vqpipe.metrics.feature_networks import FeatureNetworks, feature_size
 from vqpipe.metrics.frechet import Moments
-from vqpipe.metrics.inception import SIZES
+from vqpipe.metrics.inception import SIZES, SPATIAL_CHANNELS
 from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics, set_distances
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.progress import SILENT, Progress
@@ -347,6 +347,9 @@ def read_adm_file(path: Path, device: torch.device) -> tuple[SetStatistics, Tens
             raise DataError(f"--reference {path}: {names} are {found}", hint)
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise DataError(f"--reference {path}: {names} hold NaN or infinity", hint)
+        if name == "spatial":  # TensorFlow's maps are flattened with their channels last
+            order = np.arange(size).reshape(-1, SPATIAL_CHANNELS).T.flatten()
+            mean, covariance = mean[order], covariance[np.ix_(order, order)]
         moments[name] = gaussian_moments(mean, covariance, device)
     return SetStatistics(len(images), moments), torch.from_numpy(images).permute(0, 3, 1, 2)
 

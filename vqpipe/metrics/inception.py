@@ -36,9 +36,9 @@ class Inception(nn.Module):
 
     - pool: float32[B, 2048], the last pooling; FID, KID, precision and recall.
     - logits: float32[B, 1008], without their bias; Inception Score, as torch-fidelity takes it.
-    - spatial: float32[B, 2023], the first 7 channels of the 17 x 17 map mixed_6/conv, after its ReLU; sFID (Nash et al.
-      2021, as the ADM suite computes it). That TensorFlow's mixed_6 is Mixed_6d here follows from the number of
-      blocks; it was not compared with the output of the graph.
+    - spatial: float32[B, 2023], the first 7 channels of the 17 x 17 map mixed_6/conv, after its ReLU, one channel after
+      another; sFID (Nash et al. 2021, as the ADM suite computes it). That TensorFlow's mixed_6 is Mixed_6d here follows
+      from the number of blocks; it was not compared with the output of the graph.
 
     Raises:
         WeightsError: `weights` is not the state dict that torch-fidelity publishes.
