@@ -32,6 +32,20 @@ def test_several_protocols_have_a_table() -> None:
     assert table.rows == [["psnr", "21.5", "21"], ["ssim", "–", "0.5"], ["rfid", "3.25", "–"]]
 
 
+def test_measures_of_the_option_metrics_are_among_the_numbers_of_each_protocol() -> None:
+    adm = {"kid": {"mean": 0.25, "std": 0.5}, "prc": {"precision": 0.5, "recall": 0.75, "k": 3}}
+    adm |= {"sfid": 4.5, "inception_score": {"mean": 9.0, "std": 1.0}}
+    metrics = {**METRICS, "protocols": {"adm": adm, "cleanfid-rawval": {"sfid": 5.5}}}
+    rows = {label: value for label, value, _ in number_rows(metrics)}
+    expected = {"sFID": "4.50", "KID": "0.25000", "precision": "0.500", "recall": "0.750", "Inception Score": "9.0"}
+    assert rows | expected == rows
+    assert dict(number[:2] for number in number_rows({**metrics, "protocol": "cleanfid-rawval"}))["sFID"] == "5.50"
+    table = protocols_table(metrics)
+    assert table is not None
+    assert table.rows[0] == ["sfid", "4.5", "5.5"]
+    assert ["precision", "0.5", "–"] in table.rows
+
+
 def test_distances_are_better_if_lower_and_numbers_of_codes_have_no_best() -> None:
     lower = {
         m.key for m in MEASURES if m.key.startswith(("lpips", "perceptual")) or m.key in ("fid", "rfid", "sfid", "kid")

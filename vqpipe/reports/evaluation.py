@@ -78,6 +78,8 @@ PRINTED = ("rfid", "psnr", "ssim", "lpips", "utilization")
 """Measures that papers print, in the order of their tables."""
 OTHER_FORMULAS = ("psnr_of_mean_mse", "psnr_y", "psnr_y_full", "ssim_uniform7", "ssim_y", "ssim_range2")
 """Measures that are PSNR or SSIM by other formulas, for comparison with papers."""
+SET_MEASURES = ("sfid", "kid", "precision", "recall", "inception_score")
+"""Measures of `eval --metrics`: `metrics.json` has them under each protocol alone."""
 OTHER_NAMES = {"prc": "precision, recall", "is": "Inception Score"}
 """Key of `not_computed` -> its name for readers, where it is that of no measure."""
 NUM_HEADLINES = 8
@@ -238,11 +240,13 @@ def value_of(metrics: Metrics, key: str) -> float | None:
 
 def number_rows(metrics: Metrics, without: Collection[str] = ()) -> list[tuple[str, str, str]]:
     """Label, value and convention of the numbers of a protocol, `without` measures of these keys."""
-    return [
-        (measure.label, written(measure, value), convention_of(measure, metrics))
-        for measure in measures_of(metrics)
-        if measure.key not in without and (value := value_of(metrics, measure.key)) is not None
-    ]
+    own = metrics.get("protocols", {}).get(metrics["protocol"], metrics)
+    rows = []
+    for measure in measures_of(metrics):
+        value = value_of(own if measure.key in SET_MEASURES else metrics, measure.key)
+        if measure.key not in without and value is not None:
+            rows.append((measure.label, written(measure, value), convention_of(measure, metrics)))
+    return rows
 
 
 def protocols_table(metrics: Metrics) -> Table | None:
@@ -250,11 +254,11 @@ def protocols_table(metrics: Metrics) -> Table | None:
     protocols = metrics["protocols"]
     if len(protocols) == 1:
         return None
-    rows = [
-        [name, *(f"{numbers[name]:.4g}" if name in numbers else "–" for numbers in protocols.values())]
-        for name in ("psnr", "ssim", "lpips", "rfid")
-        if any(name in numbers for numbers in protocols.values())
-    ]
+    rows = []
+    for name in ("psnr", "ssim", "lpips", "rfid", *SET_MEASURES):
+        values = [own.get(name) if name == "rfid" else value_of(own, name) for own in protocols.values()]
+        if any(value is not None for value in values):
+            rows.append([name, *("–" if value is None else f"{value:.4g}" for value in values)])
     return Table("", ["own convention", *protocols], rows)
 
 
