@@ -120,6 +120,23 @@ def test_example_pictures_are_the_same_for_any_sharding(
     assert plot.alt == f"replaced ends at {rows[-1]['psnr']:.4g}, reconstruction {rows[0]['psnr']:.4g}"
 
 
+def test_images_that_are_reconstructed_exactly_have_no_psnr_on_the_page(
+    tokenizers: dict[str, Tokenizer], images: Tensor
+) -> None:
+    tokenizer = tokenizers["lc"]
+    ids = tokenizer.encode(images)
+    exact = tokenizer.decode(ids, (SIDE, SIDE))
+    analysis = one("replacement", tokenizer)
+    analysis.update(exact, exact, ids, KEYS)
+    result = analysis.result()
+    plots, table, _ = analysis.sections(result)
+    assert plots.plots[0].alt.startswith("replaced ends at")  # type: ignore[attr-defined]
+    assert "reconstruction" not in plots.plots[0].alt  # type: ignore[attr-defined]
+    assert table.rows[0][1] == "–"  # type: ignore[attr-defined]
+    result["rows"] = [{"k": row["k"], "ssim": row["ssim"]} for row in result["rows"]]  # no pixel of any changes
+    assert analysis.sections(result)[0].plots == []  # type: ignore[attr-defined]
+
+
 def test_lpips_is_measured_with_a_network(
     tokenizers: dict[str, Tokenizer], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

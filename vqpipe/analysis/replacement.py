@@ -97,15 +97,15 @@ class Replacement(Analysis):
 
     def sections_of(self, result: Mapping[str, Any]) -> list[page.Section]:
         rows = result["rows"]
-        curve = np.array([[row["k"], row["psnr"]] for row in rows[1:]]).T
+        curve = np.array([[row["k"], row["psnr"]] for row in rows[1:] if "psnr" in row]).reshape(-1, 2).T
         plot = plots.line_plot(
             "PSNR with every token replaced, dB",
             {"replaced": (curve[0], curve[1])},
             xlabel="k of the k-th nearest other code",
             xscale="log",
-            level=("reconstruction", rows[0]["psnr"]),
+            level=("reconstruction", rows[0]["psnr"]) if "psnr" in rows[0] else None,
         )
-        measured = [key for key in rows[-1] if key != "k"]
+        measured = list(dict.fromkeys(key for row in reversed(rows) for key in row if key != "k"))
         header = ["tokens", *(LABELS.get(key, key) for key in measured)]
         cells = [[label(row["k"]), *(f"{row[key]:.3f}" if key in row else "–" for key in measured)] for row in rows]
         caption = (
