@@ -196,6 +196,8 @@ def perceptual_files(values: list[str]) -> "dict[LpipsNet, Path]":
         net, equals, file = value.partition("=")
         if net not in get_args(LpipsNet) or not (equals and file):
             raise ConfigError(f"--perceptual {value} is not NET=FILE", f"NET is {', '.join(get_args(LpipsNet))}")
+        if net in files:
+            raise ConfigError(f"--perceptual names {net} twice", "Give one file for each network")
         files[cast(LpipsNet, net)] = Path(file)
     return files
 

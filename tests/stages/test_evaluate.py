@@ -19,7 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.evaluate import evaluate
+from stages.evaluate import evaluate, perceptual_files
 from vqpipe.analysis import ANALYSES, embedding
 from vqpipe.artifacts import open_artifact
 from vqpipe.codebooks.encoders import PatchEncoder
@@ -456,6 +456,12 @@ def test_a_wrong_option_is_refused_before_the_images_are_hashed(
     monkeypatch.setattr("stages.console.open_images", lambda *args, **options: pytest.fail("hashed"))
     with pytest.raises(VqpipeError, match=r"nowhere|vqgan|codes"):
         run(tiny_tokenizer("tokenizer"), picture_folder, tmp_path / "report", **wrong)
+
+
+def test_a_network_of_perceptual_is_named_once() -> None:
+    assert perceptual_files(["alex=a", "vgg=b"]) == {"alex": Path("a"), "vgg": Path("b")}
+    with pytest.raises(ConfigError, match="--perceptual names alex twice"):
+        perceptual_files(["alex=a", "alex=b"])
 
 
 def test_extractor_without_weights_or_network_is_an_error(
