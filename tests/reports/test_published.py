@@ -53,6 +53,17 @@ def test_an_equal_name_is_preferred_to_one_that_ends_with_it() -> None:
     assert ours.find("adm", "", "c", "rfid") is None
 
 
+def test_a_number_that_one_report_lacks_is_that_of_another_on_the_same_images() -> None:
+    ours = OurNumbers()
+    ours.add("adm", "kodak", ("lc", "quick"), {"psnr": 21.0, "rfid": None})  # without weights
+    ours.add("adm", "faces", ("lc", "faces"), {"psnr": 25.0, "rfid": 9.0})
+    ours.add("adm", "kodak", ("lc", "whole"), {"psnr": 22.0, "rfid": 3.0})
+    assert ours.find("adm", "kodak", "lc", "rfid") == ours.find("adm", "", "lc", "rfid") == 3.0
+    assert ours.find("adm", "", "lc", "psnr") == 21.0
+    assert ours.find("adm", "faces", "lc", "rfid") == 9.0
+    assert ours.find("adm", "", "lc", "ssim") is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -58,12 +58,15 @@ class OurNumbers:
     def find(self, protocol: str, images: str, name: str, key: str) -> float | None:
         """A number of the report with this name, or with a name that ends with it: `report-celeba-sd-vae` is `sd-vae`.
 
-        `images` is the name of a set, or empty: any.
+        `images` is the name of a set, or empty: that of the first such report. Of several reports on one set, the
+        number is that of the first that has it.
         """
-        fitting = [(names, v) for p, i, names, v in self.reports if p == protocol and images in ("", i)]
-        exact = [values for names, values in fitting if name in names]
-        ending = [values for names, values in fitting if any(each.endswith(f"-{name}") for each in names)]
-        return next((values.get(key) for values in (*exact, *ending)), None)
+        fitting = [(names, i, v) for p, i, names, v in self.reports if p == protocol and images in ("", i)]
+        exact = [(i, values) for names, i, values in fitting if name in names]
+        ending = [(i, values) for names, i, values in fitting if any(each.endswith(f"-{name}") for each in names)]
+        found = exact or ending
+        numbers = (values.get(key) for i, values in found if i == found[0][0])
+        return next((number for number in numbers if number is not None), None)
 
 
 def read_table(path: Path) -> PublishedTable:
