@@ -226,9 +226,10 @@ def frechet_measures(several: Iterable[Metrics]) -> list[Measure]:
 
 
 def value_of(metrics: Metrics, key: str) -> float | None:
-    """The number of a measure, or None if it was not computed."""
+    """The number of a measure, of a report or of one of its `protocols`; None if it was not computed."""
     if key == "rfid":
-        return metrics.get("rfid", {}).get(metrics["protocol"])
+        rfid = metrics.get("rfid")
+        return rfid.get(metrics["protocol"]) if isinstance(rfid, Mapping) else rfid
     if key == "perplexity":
         groups = metrics.get("perplexity_per_group")
         return sum(groups) / len(groups) if groups else None
@@ -256,7 +257,7 @@ def protocols_table(metrics: Metrics) -> Table | None:
         return None
     rows = []
     for name in ("psnr", "ssim", "lpips", "rfid", *SET_MEASURES):
-        values = [own.get(name) if name == "rfid" else value_of(own, name) for own in protocols.values()]
+        values = [value_of(own, name) for own in protocols.values()]
         if any(value is not None for value in values):
             rows.append([name, *("–" if value is None else f"{value:.4g}" for value in values)])
     return Table("", ["own convention", *protocols], rows)
