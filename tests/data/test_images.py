@@ -383,6 +383,8 @@ def test_globs_and_brace_patterns(tmp_path: Path, pack: Pack, monkeypatch: pytes
     assert open_images(tmp_path / "*-0*.tar").name == f"{tmp_path.name}/*-0*.tar"
     assert keys(f"{tmp_path}/s-{{000000..000011}}.tar") == all_keys
     assert keys(f"{tmp_path}/s-0000{{11,00}}.tar") == ["k11", "k0"]  # braces keep their order
+    assert keys(f"{tmp_path}/s-{{000011,0*}}.tar")[0] == "k11"
+    assert len(keys(f"{tmp_path}/s-{{000011,0*}}.tar")) == len(keys(f"{tmp_path}/s-0*.tar"))  # no file twice
     assert keys(f"file://{tmp_path}/s-000003.tar") == ["k3"]
     (tmp_path / "a b.tar").write_bytes(pack({"spaced.png": b"x"}))
     assert keys(f"file://localhost{tmp_path}/a%20b.tar") == ["spaced"]

@@ -447,7 +447,8 @@ def open_all(urls: Sequence[str], hashes: Sequence[str] | None = None) -> list[t
 
 
 def expand(spec: str) -> list[str]:
-    """Expand a pattern to paths or URLs of shards: globs in sorted order, braces in the order of the pattern.
+    """Expand a pattern to paths or URLs of shards: globs in sorted order, braces in the order of the pattern, each file
+    once.
 
     Raises:
         DataError: a scheme unknown to fsspec, or no file for a pattern or for a part of a brace pattern.
@@ -467,7 +468,7 @@ def expand(spec: str) -> list[str]:
         missing += [] if matches else [pattern]
     if missing:
         raise absent_images(list(map(without_secrets, missing)))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def matching(pattern: str) -> list[str]:
