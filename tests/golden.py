@@ -49,19 +49,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-RENAMED = {
-    "train.sample_every": "train.sample_every",
-    "train.activation_checkpointing": "train.activation_checkpointing",
-    "train.accumulate": "train.accumulate",
-    "train.whiten_init": "train.whiten_init",
-    "train.whiten_images": "train.whiten_images",
-    "train.weight_ema": "train.weight_ema",
-    "train.quantizer_rate": "train.quantizer_rate",
-    "objective.disc_start": "objective.disc_start",
-    "objective.lpips_weights": "objective.lpips_weights",
-    "eval.num_extremes": "eval.num_extremes",
-    "examples.held_out": "examples.held_out",
-}
+RENAMED: dict[str, str] = {}
 """A command, option, preset or setting as it is written below -> its name in the tree that is run. Names that are not
 here are taken as they are."""
 PARTIAL, LOG = ".partial", "metrics.jsonl"
