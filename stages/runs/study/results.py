@@ -120,13 +120,12 @@ def strongest(rows: Iterable[Row]) -> list[Row]:
 
 
 def by_method(rows: Iterable[Row], x: str, y: str) -> dict[str, list[tuple[float, float, float]]]:
-    """Method, with its number of groups -> (x, y, standard deviation of y over the seeds; 0 for all but the PSNR)."""
+    """Method -> (x, y, standard deviation of y over the seeds; 0 for all but the PSNR)."""
     methods: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         place = log2(int(row["codes"])) if x == "log2" else float(row[x])
         spread = float(row["spread"] or 0) if y == "psnr" else 0.0
-        groups = "" if row["groups"] == "1" else f"{row['groups']} x "
-        methods.setdefault(groups + quantizer(row), []).append((place, float(row[y]), spread))
+        methods.setdefault(quantizer(row), []).append((place, float(row[y]), spread))
     return methods
 
 
@@ -143,7 +142,9 @@ def plots(rows: Sequence[Row]) -> dict[str, Plot | None]:
             "Codes in use over K", points, xlabel="codebook size K; share of the codes in use", is_share=True, log=True
         ),
         "psnr-over-bits": points_with_spread(
-            "PSNR over bits", by_method(drawn, "bits_per_pixel", "psnr"), xlabel="bits per pixel; PSNR in dB"
+            "PSNR over bits",
+            by_method(drawn, "bits_per_pixel", "psnr"),
+            xlabel="bits per pixel, above 0.6 in groups; PSNR in dB",
         ),
     }
 
