@@ -144,3 +144,18 @@ def test_the_sde_keeps_the_distribution_and_an_image_depends_on_its_rng_alone() 
     assert samples.std() == pytest.approx(STD, rel=0.03)
     assert torch.equal(samples[1:], sde(expected_velocity, start(2), rngs(4), 250))
     assert not torch.equal(samples, sde(expected_velocity, start(1, 2), rngs(5, 6), 250))
+
+
+def test_the_sde_takes_the_steps_of_the_released_code() -> None:
+    """There time runs from noise at 0 to data at 1; drift u + D s and noise sqrt(2 D) dW with D = sigma = 1 - time."""
+    x, noise, ends = start(1), rngs(3), torch.linspace(0, 0.96, 10).tolist()
+
+    def drift(x: Tensor, time: float) -> Tensor:
+        std = math.sqrt(time**2 * STD**2 + (1 - time) ** 2)
+        return -expected_velocity(x, 1 - time, 0) - (1 - time) * (x - time * MEAN) / std**2
+
+    for here, there in pairwise(ends):
+        drawn = math.sqrt(2 * (1 - here) * (there - here)) * gaussian_noise(noise, x.shape[1:], x.device)
+        x = x + drift(x, here) * (there - here) + drawn
+    x = x + drift(x, 0.96) * 0.04
+    torch.testing.assert_close(sde(expected_velocity, start(1), rngs(3), 10), x, rtol=1e-4, atol=1e-4)

@@ -111,16 +111,17 @@ def heun(velocity: Denoiser, x: Tensor, steps: int) -> Tensor:
 def sde(velocity: Denoiser, x: Tensor, rngs: Sequence[torch.Generator], steps: int) -> Tensor:
     """Euler-Maruyama for the reverse SDE dx = (v - w s / 2) dt + sqrt(w) dW, from t = 1 to t = 0.
 
-    Ma et al. 2024 (SiT), section 2, with w = sigma_t = t, as released. The last step, from `LAST_STEP` to 0, adds no
-    noise; the steps before it are equal. The score s is computed from the velocity.
+    Ma et al. 2024 (SiT), section 2, with w = 2 sigma_t = 2 t: the diffusion of the released code, sigma, is w / 2. The
+    last step, from `LAST_STEP` to 0, adds no noise; the steps before it are equal. The score s is computed from the
+    velocity.
     """
     ends = [*np.linspace(1, LAST_STEP, steps).tolist(), 0.0] if steps > 1 else [1.0, 0.0]
     for k, (here, there) in enumerate(pairwise(ends)):
         slope = velocity(x, here, progress_at(k, steps))
         step = here - there
-        x = x - step * (slope - 0.5 * here * linear_score(slope, x, here))
+        x = x - step * (slope - here * linear_score(slope, x, here))
         if there > 0:
-            x = x + (here * step) ** 0.5 * gaussian_noise(rngs, x.shape[1:], x.device)
+            x = x + (2 * here * step) ** 0.5 * gaussian_noise(rngs, x.shape[1:], x.device)
     return x
 
 
