@@ -162,6 +162,7 @@ def test_invalid_options_are_refused(drawn: Any, tmp_path: Path) -> None:
     refused(r"only \[generate\] can be set here", overrides=["train.steps=3"])
     refused("unknown key generate.cfg_scal", overrides=["generate.cfg_scal=3"])
     refused(r"--steps is for generators trained on latents.* is of the kind llamagen", steps=9)
+    refused(r"--steps is for generators trained on latents", steps=250)  # the default of the setting
     refused("generate.sampler is for generators trained", overrides=["generate.sampler=ddim"])
     refused("is of kind tokens, generator is needed", ArtifactError, generator=drawn.tokens)
 

@@ -282,19 +282,19 @@ def kinds_trained_on(examples: Literal["tokens", "latents"]) -> list[str]:
 def check_used(
     sampling: SamplingConfig, default: SamplingConfig, config: GeneratorConfig, options: Mapping[str, str] | None = None
 ) -> None:
-    """Check that the settings that differ from `default` are of the generator's kind.
+    """Check that the settings that were given, or that differ from `default`, are of the generator's kind.
 
     Args:
-        options: setting -> the option that gave it, for the message; others are named `generate.KEY`.
+        options: setting -> the option that gave it, with any value; others are named `generate.KEY`.
 
     Raises:
         ConfigError: a setting is for generators that are trained on the other kind of examples.
     """
     trained_on = class_for(Generator, config).trained_on  # type: ignore[type-abstract]
-    other = "latents" if trained_on == "tokens" else "tokens"
+    other, given = "latents" if trained_on == "tokens" else "tokens", options or {}
     for name in SAMPLING_OF[other]:
-        if getattr(sampling, name) != getattr(default, name):
-            what = f"{(options or {}).get(name, f'generate.{name}')} is for generators trained on {other}"
+        if name in given or getattr(sampling, name) != getattr(default, name):
+            what = f"{given.get(name, f'generate.{name}')} is for generators trained on {other}"
             raise ConfigError(what, f"Leave it out: this generator is of the kind {config.kind}")
 
 
