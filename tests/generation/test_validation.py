@@ -1,6 +1,6 @@
 """Validation examples over ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vqpipe import distributed
 from vqpipe.errors import NumericError
+from vqpipe.generation import DitConfig, Space, build_generator
 from vqpipe.generation.validation import accuracy, rank_batches, validation_losses
 
 
@@ -65,6 +66,38 @@ def test_a_batch_that_does_not_count_adds_nothing(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         found = validation_losses(Mean(), Numbers(5), batch_size=2, device=torch.device("cpu"))
     assert found == {"total": pytest.approx((0 + 1 + 2 + 3 + 4) / 5)}
+
+
+class Latents(Numbers):
+    """Image i is a latent of fixed random numbers."""
+
+    def read(self, images: Sequence[int], views: Sequence[int]) -> Tensor:
+        return torch.randn(len(self), 4, 4, 4, generator=torch.Generator().manual_seed(0))[list(images)]
+
+
+def test_the_loss_of_latents_does_not_depend_on_batch_size_or_ranks(
+    make_space: Callable[..., Space], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, shares = build_generator(DitConfig(size="tiny"), make_space()), list[dict[str, float]]()
+
+    def measure(batch_size: int) -> dict[str, float]:
+        return validation_losses(generator, Latents(7), batch_size=batch_size, device=torch.device("cpu"))
+
+    whole = measure(7)
+    for batch_size in (1, 3):
+        assert measure(batch_size) == pytest.approx(whole, rel=1e-5)
+
+    def gather(mine: dict[str, float]) -> list[dict[str, float]]:
+        shares.append(mine)
+        return shares
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        both = measure(2)
+    assert both == pytest.approx(whole, rel=1e-5)
+    assert generator(Latents(7).read(range(7), []), torch.zeros(7).long())["noise"] != whole["noise"]  # of training
 
 
 class Lookup(nn.Module):

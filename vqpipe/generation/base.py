@@ -166,7 +166,8 @@ class Generator(nn.Module, ABC):
         """Return named scalars: "total" is minimized, the others are logged.
 
         Randomness comes from torch's global generators, which the training loop seeds from (seed, step, rank). In
-        evaluation mode no label is dropped, no id replaced and no target smoothed; diffusion still adds its noise.
+        evaluation mode no label is dropped, no id replaced and no target smoothed; diffusion still adds its noise, for
+        which `LatentGenerator.loss` takes a generator per image.
 
         Args:
             examples: int64[B, N] ids ("tokens"), or float32[B, C, h, w] normalized latents ("latents").

@@ -11,6 +11,7 @@ float32; here they are computed once, in float64.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from vqpipe.config import check_range
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import GeneratorConfig, SamplingConfig, Space, progress_at
-from vqpipe.generation.latents import Denoiser, LatentGenerator, gaussian_noise
+from vqpipe.generation.latents import Denoiser, LatentGenerator, gaussian_noise, times_and_noise
 
 
 class NoiseSchedule:
@@ -145,11 +146,12 @@ class DiffusionGenerator(LatentGenerator):
         """Channels of the network's output: C, or 2 C with a learned variance."""
         return self.space.latent_dim * (1 + self.config.learn_variance)
 
-    def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def loss(
+        self, examples: Tensor, labels: Tensor, rngs: Sequence[torch.Generator] | None = None
+    ) -> dict[str, Tensor]:
         """See `noise_losses`; times are uniform over the schedule."""
         self.check_latents(examples)
-        t = torch.randint(len(self.schedule), (len(examples),), device=examples.device)
-        noise = torch.randn_like(examples)
+        t, noise = times_and_noise(partial(torch.randint, len(self.schedule)), examples, rngs)
         noisy = self.schedule.add_noise(examples, noise, t)
         output = self.network(noisy, t.float(), self.drop_labels(labels)).float()
         weight = self.config.bound_weight if self.config.learn_variance else None

@@ -72,6 +72,17 @@ class LatentGenerator(Generator):
         return self.solve(predict, gaussian_noise(rngs, self.latent_shape, classes.device), sampling, rngs)
 
     @abstractmethod
+    def loss(
+        self, examples: Tensor, labels: Tensor, rngs: Sequence[torch.Generator] | None = None
+    ) -> dict[str, Tensor]:
+        """As `Generator.loss`; with `rngs` the time and the noise of image i are drawn from `rngs[i]`, on the CPU."""
+
+    def forward(
+        self, examples: Tensor, labels: Tensor, rngs: Sequence[torch.Generator] | None = None
+    ) -> dict[str, Tensor]:
+        return self.loss(examples, labels, rngs)
+
+    @abstractmethod
     def solve(
         self, predict: Denoiser, start: Tensor, sampling: SamplingConfig, rngs: Sequence[torch.Generator]
     ) -> Tensor:
@@ -111,6 +122,20 @@ class GuidedNetwork:
 def gaussian_noise(rngs: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
     """Return standard normal numbers float32[B, *shape], image i's from `rngs[i]`; the same on every device."""
     return torch.stack([torch.randn(tuple(shape), generator=rng) for rng in rngs]).to(device)
+
+
+def times_and_noise(
+    draw_times: Callable[..., Tensor], examples: Tensor, rngs: Sequence[torch.Generator] | None
+) -> tuple[Tensor, Tensor]:
+    """Return the times [B] and the noise float32[B, C, h, w] of a loss: see `LatentGenerator.loss`.
+
+    Args:
+        draw_times: size -> numbers, with the options of `torch.rand`.
+    """
+    if rngs is None:
+        return draw_times((len(examples),), device=examples.device), torch.randn_like(examples)
+    times = torch.cat([draw_times((1,), generator=rng) for rng in rngs]).to(examples.device)
+    return times, gaussian_noise(rngs, examples.shape[1:], examples.device)
 
 
 def encode_latents(

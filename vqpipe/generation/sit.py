@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vqpipe.errors import ConfigError
 from vqpipe.generation.base import SamplingConfig, Space, progress_at
 from vqpipe.generation.dit import Transformer, TransformerConfig
-from vqpipe.generation.latents import Denoiser, LatentGenerator, gaussian_noise
+from vqpipe.generation.latents import Denoiser, LatentGenerator, gaussian_noise, times_and_noise
 
 LAST_STEP = 0.04
 """Length of the SDE's last step, which adds no noise; the released code's default."""
@@ -51,11 +51,12 @@ class Sit(LatentGenerator):
         super().__init__(config, space)
         self.network = Transformer(config, self.latent_shape, space.latent_dim, self.num_class_embeddings)
 
-    def loss(self, examples: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def loss(
+        self, examples: Tensor, labels: Tensor, rngs: Sequence[torch.Generator] | None = None
+    ) -> dict[str, Tensor]:
         """Return "total", the mean squared error of the velocity, at times uniform in [0, 1)."""
         self.check_latents(examples)
-        times = torch.rand(len(examples), device=examples.device)
-        noise = torch.randn_like(examples)
+        times, noise = times_and_noise(torch.rand, examples, rngs)
         t = times[:, None, None, None]
         output = self.network((1 - t) * examples + t * noise, times, self.drop_labels(labels)).float()
         return {"total": (output - (noise - examples)).square().mean()}

@@ -11,22 +11,29 @@ from vqpipe.data.examples import ExampleBatch, Examples, ordered_batches
 from vqpipe.device import autocast
 from vqpipe.errors import NumericError
 from vqpipe.generation.classifier import Classifier
+from vqpipe.generation.image_generator import image_rngs
+from vqpipe.generation.latents import LatentGenerator
 
 SEED = 20_240
-"""Seed of the random numbers of a loss (times and noise): equal in every validation, for comparison."""
+"""Seed of the times and the noise of each image in the losses of latents: equal in every validation, for comparison."""
 
 
 @torch.no_grad()
 def validation_losses(
     network: nn.Module, examples: Examples, *, batch_size: int, device: torch.device, precision: str = "fp32"
 ) -> dict[str, float]:
-    """Return the mean over the examples of each scalar of the network's loss, in evaluation mode."""
+    """Return the mean over the examples of each scalar of the network's loss, in evaluation mode.
+
+    Up to rounding it does not depend on the batch size or the number of ranks.
+    """
     network.eval()
     sums: dict[str, Tensor] = {}
-    for number, batch, counts in rank_batches(examples, batch_size):
-        torch.manual_seed(SEED + distributed.rank() + distributed.world_size() * number)
+    for first, batch, counts in rank_batches(examples, batch_size):
+        inputs: list[Any] = [batch.examples.to(device), batch.labels.to(device)]
+        if isinstance(network, LatentGenerator):
+            inputs.append(image_rngs(SEED, range(first, first + len(batch))))
         with autocast(device, precision):
-            losses = network(batch.examples.to(device), batch.labels.to(device))
+            losses = network(*inputs)
         for name, value in losses.items() if counts else ():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu() * len(batch)
     parts = distributed.gather_objects({name: float(value) for name, value in sums.items()})
@@ -70,15 +77,15 @@ def loss_and_accuracy(classifier: Classifier, examples: Examples, **options: Any
 
 
 def rank_batches(examples: Examples, batch_size: int) -> Iterator[tuple[int, ExampleBatch, bool]]:
-    """Yield this rank's batches: (number, batch, whether it counts).
+    """Yield this rank's batches: (its first image, batch, whether it counts).
 
     Every rank gets the same number of batches, since a network with sharded weights gathers them in every call: a rank
     with fewer repeats the first batch, which is excluded from the sums.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
-    rounds = -(-len(examples) // (batch_size * ranks))
-    number = -1
-    for number, batch in enumerate(ordered_batches(examples, batch_size, rank, ranks)):
-        yield number, batch, True
-    for extra in range(number + 1, rounds):
-        yield extra, next(ordered_batches(examples, batch_size)), False
+    first = rank * batch_size
+    for batch in ordered_batches(examples, batch_size, rank, ranks):
+        yield first, batch, True
+        first += ranks * batch_size
+    if first - rank * batch_size < len(examples):  # the other ranks have one more
+        yield 0, next(ordered_batches(examples, batch_size)), False
