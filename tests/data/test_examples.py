@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -143,6 +144,21 @@ def test_ids_keep_their_stored_type_in_memory_and_mapped(
     assert TokenSet(other, tmp_path / "cache").rows[0, 0] == held.rows[0, 0] + 1
     with pytest.raises(ArtifactError, match=r"too many ids for memory\. .*TokenDataset\(path, cache=FOLDER\)"):
         TokenSet(artifact)
+
+
+def test_shards_are_read_once_for_their_hash_and_keys_and_once_for_their_ids(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, open_file, opened = make("tokens"), Path.open, list[str]()
+
+    def counted(self: Path, *args: Any, **options: Any) -> Any:
+        opened.append(self.name)
+        return open_file(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", counted)
+    TokenSet(artifact)
+    shards = [f"tokens-{number:05d}.parquet" for number in range(3)]
+    assert sorted(opened) == sorted(shards * 2)
 
 
 def test_mapped_ids_are_not_copied_into_another_process(

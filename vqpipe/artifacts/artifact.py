@@ -1,5 +1,6 @@
 """A published artifact: its manifest, validated, and its files."""
 
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -114,17 +115,27 @@ class Artifact:
             ArtifactError: the manifest does not list it, or its hash differs from the published one.
         """
         path = self.file(name)
-        found, published = hash_file(path), self.manifest.files[name]["sha256"]
+        self.check_hash(name, hash_file(path))
+        return path
+
+    def verified_bytes(self, name: str) -> bytes:
+        """The content of the file `name`, which is read once; errors as `verified_file`."""
+        content = self.file(name).read_bytes()
+        self.check_hash(name, hashlib.sha256(content).hexdigest())
+        return content
+
+    def check_hash(self, name: str, found: str) -> None:
+        """Raise an ArtifactError if the sha256 of the file `name` differs from the published one."""
+        published = self.manifest.files[name]["sha256"]
         if found != published:
             raise ArtifactError(
-                f"{path} is damaged: sha256 {found[:12]}, published as {published[:12]}",
+                f"{self.path / name} is damaged: sha256 {found[:12]}, published as {published[:12]}",
                 "Copy it from its source again, or make it again",
             )
-        return path
 
     def read_json(self, name: str) -> Any:
         """The content of the JSON file `name`; errors as `verified_file`."""
-        return json.loads(self.verified_file(name).read_text(encoding="utf-8"))
+        return json.loads(self.verified_bytes(name))
 
     def verify_files(self, names: Sequence[str], progress: Progress = SILENT) -> None:
         """`verified_file` for many large files, before long work on them. Each rank hashes its share.

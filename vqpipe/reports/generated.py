@@ -84,7 +84,7 @@ def open_generated(report: Artifact) -> Generated:
         what = f"{report.path} is not a report of vqpipe eval-generation, and another one is"
         raise ArtifactError(what, "Compare reports of one kind at a time")
     metrics = report.read_json("metrics.json")
-    sheet = report.verified_file("contact-sheet.png").read_bytes()
+    sheet = report.verified_bytes("contact-sheet.png")
     name = input_of(report.lineage, "images").get("name") or report.name
     return Generated(name, metrics, sheet, report.lineage, metrics.pop("commands", ()))
 
