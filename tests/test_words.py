@@ -2,7 +2,7 @@
 
 import pytest
 
-from vqpipe.words import counted, percent
+from vqpipe.words import counted, in_ranges, percent
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,11 @@ from vqpipe.words import counted, percent
 )
 def test_one_is_singular(number: int, plural: str, text: str) -> None:
     assert counted(number, plural) == text
+
+
+def test_consecutive_numbers_are_a_range() -> None:
+    texts = {(): "", (3,): "3", (0, 1): "0-1", (3, 7, *range(20, 30)): "3,7,20-29", (2, 1, 2, 2): "2,1-2,2"}
+    assert {numbers: in_ranges(numbers) for numbers in texts} == texts
 
 
 def test_a_share_is_rounded_neither_up_to_all_nor_down_to_none() -> None:

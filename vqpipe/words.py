@@ -15,6 +15,17 @@ def first_names(names: Sequence[object], most: int = 3) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
+def in_ranges(numbers: Sequence[int]) -> str:
+    """`3,7,20-29`: numbers in their order, consecutive ones as a range."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ",".join("-".join(map(str, each)) for each in ranges)
+
+
 def capitalized(text: str) -> str:
     """`k-means on MNIST` -> `K-means on MNIST`: `str.capitalize` would change the other letters."""
     return text[:1].upper() + text[1:]

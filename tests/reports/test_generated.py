@@ -49,6 +49,17 @@ def test_other_settings_and_other_generators_of_the_same_name_have_curves_of_the
     assert "dit, cfg_channels 3 ends at 3" in curve.alt
 
 
+def test_samples_of_other_classes_have_a_curve_of_their_own() -> None:
+    def swept(classes: str, fid: float) -> list[Generated]:
+        return [samples(f"{classes}-{scale}", fid + scale, scale, classes=classes) for scale in (1.0, 2.0)]
+
+    (curve,) = guidance_curves([*swept("0-99,200-299", 1.0), *swept("0-99,200-299,500", 5.0)])
+    assert "dit, classes 0-99,200-299 ends at 3" in curve.alt
+    assert "dit, classes 0-99,200-299,500 ends at 7" in curve.alt
+    (curve,) = guidance_curves(swept("0-99", 1.0))
+    assert "dit ends at 3" in curve.alt
+
+
 def test_inception_score_has_a_curve_of_its_own() -> None:
     several = [samples(f"{scale}", 5.0, scale, inception_score={"mean": 10 * scale}) for scale in (1.0, 2.0)]
     assert [curve.title for curve in guidance_curves(several)] == ["FID", "Inception Score"]

@@ -392,7 +392,7 @@ def test_samples_of_one_generator_at_several_scales_are_measured_and_compared(
         capsys.readouterr()
         metrics = measure(pictures, f"report-{scale}", samples=f"s-{scale}", **options)
         told = " ".join(capsys.readouterr().err.split())
-        assert metrics["sampling"]["cfg_scale"] == scale
+        assert (metrics["sampling"]["cfg_scale"], metrics["classes"]) == (scale, "0-2")
         assert metrics["generator"] == {"name": "generator", "content": open_artifact(drawn.generator).digest}
         assert f"FID {metrics['fid']:,.2f}" in told
         assert f"codes in use {100 * metrics['utilization']:.1f} % of 64 codes, over 64 ids" in told

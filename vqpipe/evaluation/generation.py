@@ -46,6 +46,7 @@ from vqpipe.metrics.set_metrics import MOMENTS, FeatureStatistics, SetStatistics
 from vqpipe.metrics.usage import CodeUsage, usage_of
 from vqpipe.progress import SILENT, Progress
 from vqpipe.weights import LPIPS_BACKBONES
+from vqpipe.words import in_ranges
 
 NUM_KEPT = 10_000
 """References whose features are kept, for precision, recall and KID."""
@@ -259,12 +260,14 @@ def samples_artifact(images: Sequence[str]) -> Artifact | None:
 
 
 def origin_of(samples: Artifact | None) -> dict[str, Any]:
-    """The `generator` (name and content) and the settings `sampling` of samples of `vqpipe generate`; else empty."""
+    """The `generator` (name and content), the `classes` and the settings `sampling` of samples of `vqpipe generate`;
+    else empty."""
     if samples is None or "generate" not in samples.config:
         return {}
     generator = samples.lineage["inputs"]["generator"]
     return {
         "generator": {key: generator[key] for key in ("name", "content")},
+        "classes": in_ranges(samples.config["classes"]),
         "sampling": samples.config["generate"],
     }
 

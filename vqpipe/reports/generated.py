@@ -58,10 +58,11 @@ class Generated:
 
     @property
     def other_settings(self) -> dict[str, Any]:
-        """What the samples depend on beside `cfg_scale`: the content of the generator, their number, the settings."""
+        """What the samples depend on beside `cfg_scale`: the content of the generator, their number and classes, the
+        settings. Reports of earlier versions do not have the classes."""
         sampling = {key: value for key, value in self.metrics["sampling"].items() if key != "cfg_scale"}
-        generator = self.metrics["generator"]["content"]
-        return {"generator": generator, "num_images": self.metrics["num_images"], **sampling}
+        known = {key: self.metrics[key] for key in ("num_images", "classes") if key in self.metrics}
+        return {"generator": self.metrics["generator"]["content"][:12], **known, **sampling}
 
     @property
     def shared(self) -> tuple[Any, ...]:
@@ -187,7 +188,7 @@ def comparison(several: Sequence[Generated]) -> page.Table:
 def guidance_curves(several: Sequence[Generated]) -> list[page.Plot]:
     """FID and Inception Score over the scale of guidance.
 
-    A line is a generator with several scales and otherwise the same settings and number of samples.
+    A line is a generator with several scales and otherwise the same settings, classes and number of samples.
     """
     grouped: dict[str, list[Generated]] = {}
     for each in several:
@@ -215,7 +216,7 @@ def line_names(several: Sequence[Generated]) -> list[str]:
     if len(set(names)) == len({table["generator"] for table in settings}):
         differing = [key for key in differing if key != "generator"]
     return [
-        ", ".join([name, *(f"{key} {str(table[key])[:12]}" for key in differing if key in table)])
+        ", ".join([name, *(f"{key} {str(table[key])[:40]}" for key in differing if key in table)])
         for name, table in zip(names, settings, strict=True)
     ]
 
