@@ -73,6 +73,7 @@ def train_generator(
         from stages.recipe import load_generator
         from vqpipe.artifacts import open_artifact
         from vqpipe.config import class_for
+        from vqpipe.data.examples import check_held_out
         from vqpipe.generation.base import Generator
         from vqpipe.generation.latents import encode_latents
         from vqpipe.generation.train import StoredExamples, check_validation, start_examples_run
@@ -122,6 +123,7 @@ def train_generator(
                 f"--image-size {image_size} is not the size of the images in {stored.path}, {examples.image_size}",
                 "Omit it, or encode the images at this size",
             )
+        check_held_out(recipe.examples.held_out, examples.num_images)  # before the estimate
         console.say(*notes)
         training = generator_training(recipe, opened.autoencoder.config, examples.image_size)
         estimates.check_fits(training, torch_device, out, progress)

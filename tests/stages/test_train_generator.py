@@ -241,6 +241,15 @@ def test_invalid_options_are_refused(
     refused(ConfigError, "and --validation both name held-out images", **held)
 
 
+def test_too_many_held_out_images_are_refused_before_the_estimate(
+    drawn: Any, llamagen_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimates, "check_fits", lambda *_: pytest.fail("estimated"))
+    options = {"tokens": drawn.tokens, "limit": 10, "device": "cpu", **llamagen_options}
+    with pytest.raises(DataError, match=r"examples\.held_out = 6 of 10 images.*--set examples\.held_out=5"):
+        train_generator(drawn.tokenizer, tmp_path / "out", **options)
+
+
 def test_the_check_of_sampling_before_training_takes_two_steps(
     drawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

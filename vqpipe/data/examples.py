@@ -219,20 +219,21 @@ def write_array(file: Path, shape: tuple[int, int], dtype: np.dtype, parts: Iter
                         handle.write(rows.astype(dtype).tobytes())
 
 
+def check_held_out(count: int, num_images: int) -> None:
+    """Raise a DataError if more than half of the images would be held out."""
+    if 2 * count > num_images:
+        raise DataError(
+            f"examples.held_out = {count:,} of {num_images:,} images would leave fewer to train on",
+            f"Hold out at most half: --set examples.held_out={num_images // 2}",
+        )
+
+
 def split_held_out(examples: Examples, count: int) -> tuple[Examples, Subset | None]:
     """Split into training images and `count` held-out ones (None for 0): the same in every run, spread evenly
-    over the classes.
-
-    Raises:
-        DataError: more than half of the images would be held out.
-    """
+    over the classes. Raises the error of `check_held_out`."""
+    check_held_out(count, len(examples))
     if count == 0:
         return examples, None
-    if 2 * count > len(examples):
-        raise DataError(
-            f"examples.held_out = {count:,} of {len(examples):,} images would leave fewer to train on",
-            f"Hold out at most half: --set examples.held_out={len(examples) // 2}",
-        )
     mixed = shuffled(len(examples), 0, HELD_OUT)
     order = np.argsort(examples.labels[mixed], kind="stable")
     spread = mixed[order][np.linspace(0, len(examples) - 1, count).round().astype(np.int64)]

@@ -129,6 +129,12 @@ class StoredExamples:
             )
         return width
 
+    @property
+    def num_images(self) -> int:
+        """Images that are trained on or held out."""
+        stored = int(self.artifact.facts["num_images"])
+        return stored if self.limit is None else min(self.limit, stored)
+
     def inputs(self) -> dict[str, Any]:
         """Return the inputs of the artifact to publish, by role."""
         inputs = {self.artifact.kind: self.artifact, "tokenizer": self.tokenizer.source}
