@@ -114,6 +114,7 @@ class Classifier(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[ClassifierConfig]]
+    loss_in_words = "cross-entropy in nats per image"
     forward_methods: ClassVar[tuple[str, ...]] = ("logits",)
     """Methods besides `forward` that run the network: FSDP gathers sharded weights for them too."""
 

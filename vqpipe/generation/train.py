@@ -336,9 +336,7 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
     first, rngs = torch.zeros(1, dtype=torch.int64), image_rngs(run.seed, range(1))
     generator.check_sampling(first, sampling, rngs)  # invalid settings fail here, not at the first samples
     images.sample(first, replace(sampling, steps=min(sampling.steps, 2)), rngs)
-    kind, parameters = recipe.generator.kind, count_parameters(generator)
-    sizes, loss = (counted(parameters, "parameters"), counted(len(data.train), "images")), generator.loss_in_words
-    run.progress.message(f"{kind}: {', '.join(sizes)}; loss: {loss}")
+    description = introduce(run, generator, generator.trained_on, len(data.train))
 
     def sample_sheet(network: Any) -> bytes:
         """The same seeds and classes each time."""
@@ -354,7 +352,7 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
         generator.requires_grad_(True),
         data,
         recipe,
-        description=f"{kind} on {generator.trained_on}, {parameters / 1e6:,.1f} M parameters; loss: {loss}.",
+        description=description,
         measure=validation_losses,
         sample_sheet=sample_sheet,
     )
@@ -366,7 +364,8 @@ def train_generator(run: Run, recipe: GeneratorRecipe, stored: StoredExamples) -
         run.draft.record_existing("metrics.jsonl")
     losses = {"training_loss": metrics.latest("loss/total"), "valid_loss": metrics.latest("valid/total", state.step)}
     measured = {name: value for name, value in losses.items() if value is not None}
-    facts = {"kind": kind, "num_parameters": parameters, "num_classes": data.space.num_classes}
+    parameters, num_classes = count_parameters(generator), data.space.num_classes
+    facts = {"kind": generator.config.kind, "num_parameters": parameters, "num_classes": num_classes}
     return run.draft.publish(facts | {"images_seen": state.images_seen, "steps": state.step} | measured)
 
 
@@ -377,16 +376,14 @@ def train_classifier(run: Run, recipe: ClassifierRecipe, stored: StoredExamples)
     """
     data = read_data(run, recipe, stored)
     classifier = initialize(run, stored.tokenizer, lambda: build_classifier(recipe.classifier, data.space))
-    kind, parameters, num_classes = recipe.classifier.kind, count_parameters(classifier), classifier.num_classes
-    sizes = (counted(parameters, "parameters"), counted(len(data.train), "images"), counted(num_classes, "classes"))
-    loss = "; loss: cross-entropy in nats per image"
-    run.progress.message(f"{kind}: {', '.join(sizes)}{loss}")
+    parameters, num_classes = count_parameters(classifier), classifier.num_classes
+    description = introduce(run, classifier, "tokens", len(data.train), counted(num_classes, "classes"))
     state, _ = train_on_examples(
         run,
         classifier,
         data,
         recipe,
-        description=f"{kind} on tokens, {parameters / 1e6:,.1f} M parameters, {counted(num_classes, 'classes')}{loss}.",
+        description=description,
         measure=loss_and_accuracy,
     )
     if state.step < recipe.train.steps:
@@ -400,7 +397,7 @@ def train_classifier(run: Run, recipe: ClassifierRecipe, stored: StoredExamples)
         run.draft.write_json("config.json", {**table, "image_size": stored.artifact.facts["image_size"]})
         run.draft.write_json("metrics.json", classifier_metrics(data, measured, num_classes))
         run.draft.record_existing("metrics.jsonl")
-    facts = {"kind": kind, "num_parameters": parameters, "num_classes": num_classes} | measured
+    facts = {"kind": classifier.config.kind, "num_parameters": parameters, "num_classes": num_classes} | measured
     return run.draft.publish(facts | {"images_seen": state.images_seen, "steps": state.step})
 
 
@@ -429,6 +426,15 @@ def measuring(run: Run, recipe: ExamplesRecipe) -> dict[str, Any]:
     """Return the options of `validation_losses` and `accuracy`. Batches are as large as those of training."""
     size = recipe.train.share(distributed.world_size()) // recipe.train.accumulate
     return {"batch_size": size, "device": run.device, "precision": recipe.train.precision}
+
+
+def introduce(run: Run, network: Generator | Classifier, examples: str, num_images: int, *sizes: str) -> str:
+    """Print the sizes and the loss of a network; returns its description for the page of the run."""
+    kind, parameters, loss = network.config.kind, count_parameters(network), network.loss_in_words
+    words = (counted(parameters, "parameters"), counted(num_images, "images"), *sizes)
+    run.progress.message(f"{kind}: {', '.join(words)}; loss: {loss}")
+    words = (f"{kind} on {examples}", f"{parameters / 1e6:,.1f} M parameters", *sizes)
+    return f"{', '.join(words)}; loss: {loss}."
 
 
 def count_parameters(network: nn.Module) -> int:
