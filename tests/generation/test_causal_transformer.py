@@ -69,6 +69,14 @@ def test_a_cached_step_equals_the_whole_sequence(rotated: bool) -> None:
     torch.testing.assert_close(torch.cat(steps, dim=1), block(vectors, rotary))
 
 
+def test_a_cache_has_the_type_of_keys_and_values_under_autocast() -> None:
+    vector = torch.zeros(2, 1, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        caches = empty_caches(2, vector, HEADS, LENGTH)
+    assert {cache.dtype for cache in caches} == {torch.bfloat16}
+    assert empty_caches(1, vector, HEADS, LENGTH)[0].dtype == torch.float32
+
+
 def test_dropout_acts_in_training_only() -> None:
     block = random_weights(gpt2_block(WIDTH, HEADS, dropout=0.5))
     vectors = torch.randn(1, LENGTH, WIDTH)

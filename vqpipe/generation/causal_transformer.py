@@ -163,9 +163,13 @@ def init_weights(module: nn.Module) -> None:
 
 
 def empty_caches(layers: int, like: Tensor, heads: int, positions: int) -> list[Tensor]:
-    """Return a key-value cache for each layer, float[2, B, A, P, D / A], for inputs `like` float[B, 1, D]."""
-    shape = (2, len(like), heads, positions, like.shape[-1] // heads)
-    return [like.new_zeros(shape) for _ in range(layers)]
+    """Return a key-value cache for each layer, float[2, B, A, P, D / A], for inputs `like` float[B, 1, D].
+
+    Its type is that of keys and values, which autocast decides: in another, each step would copy the whole cache.
+    """
+    kind, shape = like.device.type, (2, len(like), heads, positions, like.shape[-1] // heads)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+    return [like.new_zeros(shape, dtype=dtype) for _ in range(layers)]
 
 
 def rotary_2d(height: int, width: int, head_dim: int) -> Tensor:
