@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
+import torch
 
 from vqpipe.errors import ConfigError
-from vqpipe.image_size import fixed_size, normal_size, parse_size
+from vqpipe.image_size import fixed_size, normal_size, pair_of, parse_size
 
 
 def test_sizes_are_parsed_as_width_x_height() -> None:
@@ -21,3 +23,15 @@ def test_sizes_have_one_form_in_settings() -> None:
     assert fixed_size("640x480") == (480, 640)
     with pytest.raises(ConfigError, match="native sizes have no size in common"):
         fixed_size("native")
+
+
+def test_sizes_in_python_are_height_and_width_of_whole_numbers_of_any_library() -> None:
+    for size in ((48, 64), [48, 64], np.array([48, 64]), torch.Size([48, 64]), torch.tensor([48, 64]), "64x48"):
+        assert pair_of(size) == (48, 64)  # type: ignore[arg-type]
+    for side in (48, np.int64(48), np.uint8(48), torch.tensor(48)):
+        pair = pair_of(side)  # type: ignore[arg-type]
+        assert pair == (48, 48)
+        assert {type(number) for number in pair} == {int}  # fit for JSON
+    for wrong in (48.0, (48.0, 64.0), (48, 64, 3), [(48, 64), (48, 64)], None):
+        with pytest.raises(ConfigError, match="is not an image size"):
+            pair_of(wrong)  # type: ignore[arg-type]

@@ -265,7 +265,9 @@ def test_size_of_one_image_or_of_all_images_of_a_list(tokenizer: Tokenizer) -> N
     ids = torch.arange(16)[None]
     expected = tokenizer.decode(ids, (16, 16))
     assert torch.equal(tokenizer.decode(ids, 16), expected)
-    for size in (16, "16", (16, 16)):
+    whole: Any = np.int64(16)
+    for size in (16, "16", (16, 16), whole, (whole, whole), np.array([16, 16])):
+        assert torch.equal(tokenizer.decode(ids, size), expected)
         for image in tokenizer.decode([ids[0]] * 3, size):
             assert torch.equal(image, expected[0])
     assert torch.equal(to_uint8(tokenizer.decode_float(ids, 16)), expected)
@@ -381,7 +383,7 @@ def test_write_tokens_writes_what_encode_returns(
     assert torch.equal(torch.stack([stored[i]["ids"] for i in range(3)]), tokenizer.encode(pixels))
     assert artifact.facts["image_size"] == 32
     assert tokenizer.write_tokens(open_images(folder), tmp_path / "tokens").digest == artifact.digest
-    wide = tokenizer.write_tokens(folder, tmp_path / "wide", image_size=(16, 32))
+    wide = tokenizer.write_tokens(folder, tmp_path / "wide", image_size=(np.int64(16), 32))
     assert (wide.facts["image_size"], wide.facts["num_tokens"]) == ("32x16", 32)
     with pytest.raises(DataError, match="not divisible"):
         tokenizer.write_tokens(folder, tmp_path / "odd", image_size=30)

@@ -1,19 +1,44 @@
 """Sizes of images, as options, settings and arguments write them."""
 
+from operator import index
+from typing import Any
+
 from vqpipe.errors import ConfigError
 
 Size = int | str | tuple[int, int]
-"""(H, W) in pixels, the side of a square, or "WIDTHxHEIGHT" as facts of artifacts have it."""
+"""(H, W) in pixels, the side of a square, or "WIDTHxHEIGHT" as facts of artifacts have it. Whole numbers may be those
+of NumPy, and pairs may be lists."""
 
 
 def pair_of(image_size: Size) -> tuple[int, int]:
-    """(H, W) of a size."""
-    if isinstance(image_size, int):
-        return image_size, image_size
+    """(H, W) of a size.
+
+    Raises:
+        ConfigError: it is none.
+    """
     if isinstance(image_size, str):
         return fixed_size(image_size)
-    height, width = image_size
+    if not is_size(image_size):
+        raise ConfigError(f"{image_size!r} is not an image size", "Pass (height, width), or the side of a square")
+    sides: Any = (image_size, image_size) if is_whole(image_size) else image_size
+    height, width = map(index, sides)
     return height, width
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value has the form of one size, as opposed to a list of sizes."""
+    if isinstance(value, str) or is_whole(value):
+        return True
+    return hasattr(value, "__len__") and len(value) == 2 and all(map(is_whole, value))
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, also one of NumPy."""
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def parse_size(image_size: int | str) -> tuple[int, int] | None:

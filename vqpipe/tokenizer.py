@@ -22,7 +22,7 @@ from vqpipe.device import check_device, reduced_precision
 from vqpipe.downloads import upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, printable
 from vqpipe.files import hash_file
-from vqpipe.image_size import Size, pair_of
+from vqpipe.image_size import Size, is_size, pair_of
 from vqpipe.model_card import hub_card
 from vqpipe.model_input import ImageLike, check_tensor_size, latent_size, network_input, read_image
 from vqpipe.models import Autoencoder, AutoencoderConfig
@@ -280,11 +280,8 @@ class Tokenizer:
         if isinstance(ids, Tensor):
             return to_uint8(self.decode_float(ids, image_size, groups))  # type: ignore[arg-type]  # by the overloads
         ids = [self.check_ids(row) for row in ids]
-        match image_size:
-            case int() | str() | (int(), int()):
-                sizes = [pair_of(image_size)] * len(ids)  # type: ignore[arg-type]  # by the pattern
-            case _:
-                sizes = [pair_of(size) for size in image_size]
+        one: Any = image_size
+        sizes = [pair_of(one)] * len(ids) if is_size(one) else [pair_of(size) for size in one]
         if len(sizes) != len(ids):
             raise DataError(f"{len(sizes)} sizes for the ids of {len(ids)} images", "Give each its size, or one of all")
         return in_batches(ids, sizes, lambda batch, size: self.decode(batch, size, groups))
@@ -394,8 +391,9 @@ class Tokenizer:
         """
         if not self.source:
             raise ConfigError("this tokenizer has no stored weights", "Call save_pretrained, and open it again")
-        if isinstance(image_size, tuple):
-            image_size = f"{image_size[1]}x{image_size[0]}"
+        if image_size is not None and not isinstance(image_size, str):
+            height, width = pair_of(image_size)
+            image_size = f"{width}x{height}"
         config = TokensConfig(image_size=image_size, **settings).sized_by(self)
         image_set = images if isinstance(images, ImageSet) else open_images(images)
         inputs = {"images": image_set, "tokenizer": self.source}
