@@ -3,13 +3,15 @@ import pytest
 import torch
 
 from vqpipe.errors import ConfigError
-from vqpipe.image_size import fixed_size, normal_size, pair_of, parse_size
+from vqpipe.image_size import fixed_size, in_pixels, normal_size, pair_of, parse_size
 
 
 def test_sizes_are_parsed_as_width_x_height() -> None:
     assert parse_size("256") == (256, 256)
     assert parse_size("2560x1440") == (1440, 2560)
     assert parse_size("native") is None
+    assert in_pixels(64, 64) == "64 x 64 pixels"
+    assert in_pixels(*fixed_size("100x64")) == "64 x 100 pixels (height x width)"
     for text in ("", "x", "256x", "0", "-1", "1e3", "2560x1440x3", "2560 x 1440", "Native", "²", "9999999"):
         with pytest.raises(ConfigError, match="is not an image size"):
             parse_size(text)

@@ -41,6 +41,11 @@ def is_whole(value: Any) -> bool:
     return True
 
 
+def in_pixels(height: int, width: int) -> str:
+    """`64 x 64 pixels`, `64 x 96 pixels (height x width)`: options of commands are width x height."""
+    return f"{height} x {width} pixels" + (" (height x width)" if height != width else "")
+
+
 def parse_size(image_size: int | str) -> tuple[int, int] | None:
     """(height, width) of an image size: "256", or 256, -> (256, 256); "2560x1440" (width x height) -> (1440, 2560);
     "native" -> None.

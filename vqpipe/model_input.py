@@ -15,7 +15,7 @@ from vqpipe.data.decoding import BadImage, bad_image, decode, to_rgb, upright
 from vqpipe.data.transforms import Framing, pixels, to_float
 from vqpipe.errors import DataError
 from vqpipe.files import nearest_path
-from vqpipe.image_size import Size, pair_of
+from vqpipe.image_size import Size, in_pixels, pair_of
 
 ImageLike = Tensor | Image.Image | str | Path
 """Pixels, a PIL image, or the path of an image file."""
@@ -29,7 +29,7 @@ def check_tensor_size(images: Tensor, image_size: Size | None) -> None:
     """Raise a DataError for tensors [..., H, W] of another size than `image_size`."""
     if image_size is not None and tuple(images.shape[-2:]) != pair_of(image_size):
         raise DataError(
-            f"images of {' x '.join(map(str, images.shape[-2:]))} pixels, image_size = {image_size}",
+            f"images of {in_pixels(*images.shape[-2:])}, image_size = {image_size}",
             "Omit image_size, or resize the tensors: only PIL images and files are resized",
         )
 
@@ -43,7 +43,7 @@ def latent_size(height: int, width: int, downsample_factor: int) -> tuple[int, i
     factor = downsample_factor
     if height % factor or width % factor or min(height, width) < factor:
         raise DataError(
-            f"an image of {height} x {width} pixels is not divisible into cells of {factor}",
+            f"an image of {in_pixels(height, width)} is not divisible into cells of {factor}",
             f"Use sides that are multiples of {factor}",
         )
     return height // factor, width // factor
@@ -99,7 +99,7 @@ def read_image(image: ImageLike, owner: InputOwner, image_size: Size | None = No
     factor = owner.downsample_factor
     if image_size is None and (rgb.height % factor or rgb.width % factor):
         raise DataError(
-            f"an image of {rgb.height} x {rgb.width} pixels is not divisible into cells of {factor}",
+            f"an image of {in_pixels(rgb.height, rgb.width)} is not divisible into cells of {factor}",
             f"Set image_size, such as image_size={owner.image_size or 256}, to crop it",
         )
     if image_size is None:

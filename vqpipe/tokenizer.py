@@ -22,7 +22,7 @@ from vqpipe.device import check_device, reduced_precision
 from vqpipe.downloads import upload_folder
 from vqpipe.errors import ArtifactError, ConfigError, DataError, NumericError, printable
 from vqpipe.files import hash_file
-from vqpipe.image_size import Size, is_size, pair_of
+from vqpipe.image_size import Size, in_pixels, is_size, pair_of
 from vqpipe.model_card import hub_card
 from vqpipe.model_input import ImageLike, check_tensor_size, latent_size, network_input, read_image
 from vqpipe.models import Autoencoder, AutoencoderConfig
@@ -296,7 +296,7 @@ class Tokenizer:
         if len(ids) == 0:
             return torch.empty(0, 3, *image_size, device=self.device)
         if ids.ndim == 2 and ids.shape[1] != layout.num_tokens and (side := square_of(self, ids.shape[1])):
-            what = f"{ids.shape[1]} ids per image, but {layout.num_tokens} at {' x '.join(map(str, image_size))} pixels"
+            what = f"{ids.shape[1]} ids per image, but {layout.num_tokens} at {in_pixels(*image_size)}"
             raise DataError(what, f"Set image_size={side}")
         check_negative(ids, layout)
         if groups is not None:
@@ -357,7 +357,9 @@ class Tokenizer:
             )
         height, width = (factor * side for side in codes.shape[2:])
         if image_size is not None and pair_of(image_size) != (height, width):
-            raise DataError(f"codes of an image of {height} x {width}, image_size = {image_size}", "Omit image_size")
+            raise DataError(
+                f"codes of an image of {in_pixels(height, width)}, image_size = {image_size}", "Omit image_size"
+            )
         return self.autoencoder.decode(codes).float()
 
     def write_tokens(

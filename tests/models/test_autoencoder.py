@@ -50,7 +50,7 @@ def test_networks_in_bfloat16_run_with_their_quantizer_in_float32() -> None:
 
 
 def test_indivisible_sides_are_rejected() -> None:
-    with pytest.raises(DataError, match="30 x 32 pixels are not divisible into cells of 4"):
+    with pytest.raises(DataError, match=r"30 x 32 pixels \(height x width\) are not divisible into cells of 4"):
         make().latent(torch.zeros(1, 3, 30, 32))
 
 

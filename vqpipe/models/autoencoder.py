@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vqpipe.config import check_choices, class_for
 from vqpipe.distributed import all_reduce_sum
 from vqpipe.errors import ConfigError, DataError
+from vqpipe.image_size import in_pixels
 from vqpipe.quantizers import Quantized, QuantizerConfig, build_quantizer
 
 IMAGES_PER_CHUNK = 16
@@ -110,7 +111,7 @@ class Autoencoder(nn.Module, ABC):
         height, width = images.shape[-2:]
         if height % self.downsample_factor or width % self.downsample_factor:
             raise DataError(
-                f"images of {height} x {width} pixels are not divisible into cells of {self.downsample_factor}",
+                f"images of {in_pixels(height, width)} are not divisible into cells of {self.downsample_factor}",
                 "Crop or resize them so that both sides do",
             )
         return self.quant_conv(self.encoder(images))
