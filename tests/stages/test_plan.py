@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stages import estimates
+from vqpipe.errors import ConfigError
 from vqpipe.planning.devices import DEVICES
 from vqpipe.planning.estimate import Plan, Training
 from vqpipe.progress import SILENT
@@ -38,6 +39,29 @@ def test_an_unknown_gpu_is_an_error(vqpipe: Callable[..., Any], tmp_path: Path) 
     done = vqpipe(tmp_path, "plan", "train", "--preset", "smoke", "--gpu", "h1000")
     assert done.returncode == 1
     assert "Did you mean h100?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("train", ["--batch-size", "8"]),
+        ("train", ["--num-images", "8"]),
+        ("tokenize", ["--tokenizer", "mgvq-f16-g4"]),
+        ("kmeans", ["--batch-size", "8"]),
+        ("kmeans", ["--set", "train.steps=3"]),
+        ("extract-features", ["--set", "kmeans.k=3"]),
+        ("presets", ["--gpu", "h200"]),
+        ("presets", ["--set", "train.steps=3"]),
+    ],
+)
+def test_an_option_that_a_stage_does_not_read_is_an_error(stage: Any, words: list[str]) -> None:
+    from stages.plan import plan
+
+    names = {"--batch-size": "batch_size", "--num-images": "num_images", "--tokenizer": "tokenizer", "--gpu": "gpu"}
+    value: Any = [words[1]] if words[0] == "--set" else int(words[1]) if words[1].isdigit() else words[1]
+    options = {"preset": None if stage == "presets" else "smoke", names.get(words[0], "overrides"): value}
+    with pytest.raises(ConfigError, match=f"does not read (the section|{words[0]})"):
+        plan(stage, **options)
 
 
 def test_kmeans_is_planned_for_the_images_that_features_are_taken_from(
