@@ -275,8 +275,8 @@ class EncodingJob:
                         if piece.batch is not None and rows is not None:
                             check(rows, piece.batch.keys)
                             result.add(piece.batch, rows, self.images)
+                            self.stopwatch.images += len(rows)
                         result.skipped |= piece.skipped
-                    self.stopwatch.images += len(piece.positions)
                     self.progress.advance(self.amount(shard, len(piece.positions)))
                     if piece.positions.stop == shard.positions.stop:
                         break
