@@ -108,8 +108,7 @@ def import_checkpoint(
         console.say(*checkpoint.lines)
         if checkpoint.family in KINDS:
             return import_continuous(checkpoint, out)
-        file = checkpoint.paths[0]
-        digest = hash_file(file)
+        file, digest = checkpoint.paths[0], checkpoint.digests[0]
         inputs: dict[str, artifacts.Input | str] = {"checkpoint": digest}
         if codebook is not None:
             inputs["codebook"] = codebook_input(codebook)
@@ -135,6 +134,8 @@ class Checkpoint:
     """The files of released weights on this machine, and what is known about them."""
 
     paths: list[Path]
+    digests: list[str]
+    """The sha256 of each."""
     family: str | None = None
     request: dict[str, str] = field(default_factory=dict)
     """What the request of the artifact holds besides the family and the hashes."""
@@ -216,14 +217,15 @@ def obtain(
     from vqpipe import distributed
 
     if isinstance(wanted, Path):
-        return Checkpoint([wanted])
+        return Checkpoint([wanted], [hash_file(wanted)])
     if not isinstance(wanted, Entry):
         words = ["vqpipe", "import-checkpoint", Path(wanted.path).name, "--out", str(out)]
         words += ["--family", family] if family else []
         hint = f"Run `{shlex.join(words)}` after downloading the file from {wanted.page} in a browser"
         found = Path(distributed.on_main(lambda: str(downloads.fetch(wanted, hint, progress=progress))))
-        lines = [f"sha256 {hash_file(found)}, not checked: none is known for it", f"licence: see {wanted.page}"]
-        return Checkpoint([found], facts={"source": origin(wanted, found)}, lines=lines)
+        digest = hash_file(found)
+        lines = [f"sha256 {digest}, not checked: none is known for it", f"licence: see {wanted.page}"]
+        return Checkpoint([found], [digest], facts={"source": origin(wanted, found)}, lines=lines)
     entry = wanted
     if entry.refused:
         raise WeightsError(f"{entry.name} cannot be imported: {entry.refused}", f"Its page is {entry.page}")
@@ -235,10 +237,14 @@ def obtain(
     paths = [Path(path) for path in distributed.on_main(get)]
     where = entry.page if own_files else origin(fetch.address(entry.files[-1]), paths[-1])
     facts = {"zoo": entry.name, "source": where, "licence": entry.licence}
-    unchecked = [path for file, path in zip(entry.files, paths, strict=False) if not file.sha256] or paths
-    lines = [f"{path.name}: sha256 {hash_file(path)}, not checked: none is known for it" for path in unchecked]
-    lines = [] if entry.files and all(file.sha256 for file in entry.files) else lines
-    return Checkpoint(paths, entry.family, {"zoo": entry.name}, facts, [*lines, f"licence: {licence(entry)}"])
+    known = [file.sha256 for file in entry.files] or [""]  # those of the files that were found: they are checked
+    digests = [sha256 or hash_file(path) for sha256, path in zip(known, paths, strict=True)]
+    lines = [
+        f"{path.name}: sha256 {digest}, not checked: none is known for it"
+        for path, digest, sha256 in zip(paths, digests, known, strict=True)
+        if not sha256
+    ]
+    return Checkpoint(paths, digests, entry.family, {"zoo": entry.name}, facts, [*lines, f"licence: {licence(entry)}"])
 
 
 def origin(address: Address, path: Path) -> str:
@@ -261,7 +267,7 @@ def import_continuous(checkpoint: Checkpoint, out: Path) -> None:
     from vqpipe import artifacts, distributed
     from vqpipe.continuous import ContinuousAutoencoder, write_continuous
 
-    inputs = {path.name: hash_file(path) for path in checkpoint.paths}
+    inputs = {path.name: digest for path, digest in zip(checkpoint.paths, checkpoint.digests, strict=True)}
     draft = artifacts.start(out, "autoencoder", {"family": checkpoint.family, **checkpoint.request}, inputs)
     if isinstance(draft, artifacts.Artifact):
         return console.finished(draft, again=True)

@@ -78,6 +78,29 @@ def test_entry_of_the_zoo_is_downloaded_checked_and_imported(
     assert len(hub_server.log) == 1  # neither needed the file
 
 
+@pytest.mark.parametrize(("known", "times"), [(True, 0), (False, 1)])
+def test_large_file_is_hashed_no_more_than_needed(
+    known: bool,
+    times: int,
+    checkpoint: Path,
+    add_entry: Callable[..., Any],
+    tmp_path: Path,
+    vqpipe: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the hash is known, the check of the copy has hashed it already."""
+    from stages import import_checkpoint
+
+    hashed: list[Path] = []
+    monkeypatch.setattr(import_checkpoint, "hash_file", lambda path: hashed.append(path) or sha256(path))
+    add_entry("small-vqgan", zoo.ZooFile(name="last.ckpt", sha256=sha256(checkpoint) if known else ""))
+    done = vqpipe(tmp_path, "import-checkpoint", "small-vqgan", "--file", str(checkpoint), "--out", "imported")
+    assert done.returncode == 0, done.stderr
+    assert len(hashed) == times
+    assert ("not checked: none is known for it" in done.stderr) == (not known)
+    assert open_artifact(tmp_path / "imported", "tokenizer").inputs == {"checkpoint": sha256(checkpoint)}
+
+
 def test_without_a_network_the_error_has_the_page_the_hash_and_a_command_that_works(
     checkpoint: Path, add_entry: Callable[..., Any], tmp_path: Path, vqpipe: Callable[..., Any]
 ) -> None:
