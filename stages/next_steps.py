@@ -29,6 +29,8 @@ FEWEST_STEPS = 100
 """Steps of a proposed generator, at least."""
 COMPARED = ("protocol", "image_size", "num_images")
 """Facts of reports that are equal where their numbers share a table."""
+MOST_FILES = 8
+"""Files of a proposed command, at most."""
 PHOTOS, BUILTIN = "builtin:photos", "builtin:photos-f8"
 """Images and a tokenizer that are on every machine."""
 
@@ -84,9 +86,9 @@ def steps(artifact: Artifact) -> Iterator[Sequence[str | Path]]:
             reference = with_name("--reference", images_of(artifact)[1::2])
             yield "vqpipe", "eval-generation", "--images", path, *reference, "--out", beside(path, "samples-report")
         case "images" if command in ("detokenize", "reconstruct"):
-            images = with_name("--images", folders(artifact) or found(artifact, "--images") or [PHOTOS])
+            images = files_of(artifact) if command == "reconstruct" else images_again(artifact)
             tokenizer = with_name("--tokenizer", options(artifact, "--tokenizer"))
-            yield "vqpipe", "eval", *images, *tokenizer, "--out", beside(path, "report")
+            yield "vqpipe", "eval", *(images or ["--images", PHOTOS]), *tokenizer, "--out", beside(path, "report")
         case "report" if command == "eval":
             yield from tokenize_more(path, options(artifact, "--tokenizer"))
             if others := other_reports(artifact):
@@ -128,11 +130,26 @@ def reports_of(paths: Iterable[Path]) -> Iterator[Artifact]:
                 yield report
 
 
-def folders(artifact: Artifact) -> list[str]:
-    """The folders that the command which made the artifact has as arguments, and those of its files, but for folders
-    that hold the artifact: its images are none to measure on."""
-    paths = [path if path.is_dir() else path.parent for path in map(Path, arguments(artifact)) if path.exists()]
-    return list(dict.fromkeys(str(path) for path in paths if path.resolve() not in artifact.path.resolve().parents))
+def files_of(artifact: Artifact) -> list[str]:
+    """`--images` and --limit of the files that `vqpipe reconstruct` read, which all are images; empty where they are
+    too many to write out, or are in a folder that holds the artifact: its images are none to measure on."""
+    names = arguments(artifact)
+    holds = any(Path(name).resolve() in artifact.path.resolve().parents for name in names)
+    if holds or len(names) > MOST_FILES or not all(map(is_named, names)):
+        return []
+    return [*with_name("--images", names), *with_name("--limit", artifact.options("--limit"))]
+
+
+def images_again(artifact: Artifact) -> list[str]:
+    """The options with which `vqpipe eval` reads the images of tokens again, also where some of them are damaged."""
+    for name in options(artifact, "--tokens"):
+        with suppress(VqpipeError):
+            tokens = open_artifact(Path(name), "tokens")
+            images = with_name("--images", options(tokens, "--images"))
+            same = [word for each in ("--limit", "--color") for word in with_name(each, tokens.options(each))]
+            damaged = [f"eval.max_skipped={tokens.config.get('max_skipped', 1)}"] if tokens.facts.get("skipped") else []
+            return [*images, *same, *with_name("--set", damaged)] if images else []
+    return []
 
 
 def arguments(artifact: Artifact) -> list[str]:

@@ -153,7 +153,10 @@ ENDINGS: dict[str, tuple[str, list[str], dict[str, str], list[str]]] = {
         "images",
         ["--shared-norms", "a b/a.jpg", "a b", "--tokenizer", "tokens", "--limit", "2"],
         {"a.png": "", "b.png": ""},
-        ["open: made/a.png", "next: vqpipe eval --images 'a b' --tokenizer tokens --out report"],
+        [
+            "open: made/a.png",
+            "next: vqpipe eval --images 'a b/a.jpg' --images 'a b' --limit 2 --tokenizer tokens --out report",
+        ],
     ),
     "eval-generation": ("report", ["--images", "made"], {**PAGE, "sheet.png": ""}, ["open: made/report.html"]),
     "compare": ("report", ["one", "two"], PAGE, ["open: made/report.html"]),
@@ -227,16 +230,40 @@ def test_reports_that_were_measured_in_another_way_are_not_proposed_to_compare(
     assert next_steps.lines(open_artifact(Path("one"))) == [f"open: {Path('one/report.html')}", proposed]
 
 
+@pytest.mark.parametrize(
+    ("words", "measured"),
+    [(["a.jpg"], "a.jpg"), (["."], "builtin:photos"), (["a.jpg"] * 9, "builtin:photos")],
+    ids=["a file", "the folder of the artifact", "many files"],
+)
 def test_reconstructions_beside_their_image_are_not_proposed_to_measure_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], measured: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stages import next_steps
 
     (tmp_path / "a.jpg").touch()
-    published(tmp_path, "made", "images", ["reconstruct", "a.jpg", "--tokenizer", "builtin:photos-f8"], {})
+    published(tmp_path, "made", "images", ["reconstruct", *words, "--tokenizer", "builtin:photos-f8"], {})
     monkeypatch.chdir(tmp_path)
-    proposed = "next: vqpipe eval --images builtin:photos --tokenizer builtin:photos-f8 --out report"
+    proposed = f"next: vqpipe eval --images {measured} --tokenizer builtin:photos-f8 --out report"
     assert next_steps.lines(open_artifact(Path("made"))) == [proposed]
+
+
+def test_the_printed_commands_leave_out_the_images_that_were_damaged(
+    vqpipe: Run, tmp_path: Path, draw_folder: Any
+) -> None:
+    draw_folder(tmp_path / "photos", 4, side=40)
+    good, damaged = sorted((tmp_path / "photos").iterdir())[:2]
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    builtin = ["--tokenizer", "builtin:photos-f8"]
+    tokenize = ["--images", "photos", "--image-size", "32", "--max-skipped", "0.5", "--num-workers", "0"]
+    detokenize, *_ = next_commands(vqpipe(tmp_path, "tokenize", *tokenize, *builtin, "--out", "tokens"))
+    (evaluate,) = next_commands(vqpipe(tmp_path, *detokenize[1:]))
+    assert vqpipe(tmp_path, *evaluate[1:]).returncode == 0
+    assert open_artifact(tmp_path / "report").facts["num_images"] == 3
+
+    files = vqpipe(tmp_path, "reconstruct", f"photos/{good.name}", *builtin, "--out", "reconstructed")
+    (evaluate,) = next_commands(files)
+    assert vqpipe(tmp_path, *evaluate[1:]).returncode == 0
+    assert open_artifact(tmp_path / "report-2").facts["num_images"] == 1
 
 
 def test_no_warning_of_another_package_is_printed(tmp_path: Path) -> None:
