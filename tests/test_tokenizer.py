@@ -154,6 +154,9 @@ def test_invalid_folders_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(config.replace('"codebook_size": 50', '"codebook_size": 51'))
     with pytest.raises(WeightsError, match="do not match their config"):
         Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": ' + "[" * 100_000)  # too deep for Python's reader of JSON
+    with pytest.raises(ArtifactError, match="is not the config of a tokenizer"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 KINDS: dict[str, QuantizerConfig] = {
@@ -382,6 +385,9 @@ def test_write_tokens_writes_what_encode_returns(
     pixels = torch.stack([center_crop(decode(path.read_bytes()), 32) for path in sorted(folder.iterdir())])
     assert torch.equal(torch.stack([stored[i]["ids"] for i in range(3)]), tokenizer.encode(pixels))
     assert artifact.facts["image_size"] == 32
+    with pytest.raises(ArtifactError, match="is an artifact, which is never overwritten"):
+        tokenizer.save_pretrained(artifact.path)
+    artifact.verify()
     assert tokenizer.write_tokens(open_images(folder), tmp_path / "tokens").digest == artifact.digest
     wide = tokenizer.write_tokens(folder, tmp_path / "wide", image_size=(np.int64(16), 32))
     assert (wide.facts["image_size"], wide.facts["num_tokens"]) == ("32x16", 32)

@@ -407,7 +407,11 @@ class Tokenizer:
             return draft.publish(write_tokens(draft, image_set, self, config, **options))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and README.md into `folder`, which is created if absent."""
+        """Write config.json, model.safetensors and README.md into `folder`, which is created if absent.
+
+        Raises:
+            ArtifactError: it is an artifact, which is never overwritten.
+        """
         save_tokenizer(Path(folder), self.autoencoder, self.image_size)
 
     def push_to_hub(

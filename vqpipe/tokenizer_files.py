@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vqpipe.artifacts import Artifact, Draft
+from vqpipe.artifacts import Artifact, Draft, is_artifact
 from vqpipe.config import from_table, to_table
 from vqpipe.downloads import fetch_repository, split_repository
 from vqpipe.errors import ArtifactError, ConfigError, WeightsError
@@ -118,7 +118,7 @@ def read_config(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(table["model"], dict):
             return table
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     name = diffusers_class(path.parent)
     if name is not None or find_pair(path.parent) is not None:
@@ -135,7 +135,7 @@ def diffusers_class(folder: Path) -> str | None:
     try:
         table = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return str(table["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -158,7 +158,13 @@ def find_pair(folder: Path) -> tuple[Path, Path] | None:
 
 
 def save_tokenizer(folder: Path, autoencoder: Autoencoder, image_size: int | None) -> None:
-    """Write the files of a tokenizer into `folder`, which is created if absent."""
+    """Write the files of a tokenizer into `folder`, which is created if absent.
+
+    Raises:
+        ArtifactError: it is an artifact, which is never overwritten.
+    """
+    if is_artifact(folder):
+        raise ArtifactError(f"{folder} is an artifact, which is never overwritten", "Choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS) as temporary:
         save_weights(autoencoder, temporary)

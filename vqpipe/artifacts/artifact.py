@@ -203,7 +203,7 @@ def is_artifact(path: Path) -> bool:
     """Whether the folder has an artifact's manifest.json, not just any file of that name."""
     try:
         table = json.loads((path / "manifest.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(table, dict) and {"schema", "kind", "request", "files"} <= table.keys()
 
