@@ -86,6 +86,7 @@ def train(
         from stages.recipe import load_tokenizer
         from vqpipe.codebooks.codebook import codebook_input, load_codebook
         from vqpipe.planning.estimate import tokenizer_training
+        from vqpipe.tokenizer import Tokenizer
         from vqpipe.training.loggers import installed_loggers
         from vqpipe.training.tokenizer_run import (
             RunInputs,
@@ -103,7 +104,8 @@ def train(
         network_settings = [text for text in overrides if not text.strip().startswith("train.")]
         quantizer = load_tokenizer(preset, network_settings).model.quantizer
         codes = None if codebook is None else load_codebook(codebook)
-        if codes is None and source is None:
+        opened = None if source is None else Tokenizer.from_pretrained(source)
+        if codes is None and opened is None:
             check_codebook_given(quantizer)
         follow = {} if codes is None else quantizer.codebook_settings(*codes.shape)
         sizes = [f"model.quantizer.{name}={value}" for name, value in follow.items()]
@@ -111,17 +113,17 @@ def train(
         recipe = load_tokenizer(preset, [*sizes, *overrides], say=notes.append, train=flags)  # --set has precedence
         training = tokenizer_training(recipe)
         if plan:
-            check_networks(recipe, source, codes)
+            check_networks(recipe, opened, codes)
             console.say(*notes)
             return estimates.show(estimates.plan_here(training, torch_device))
-        check_run(recipe, codebook=codes, source=source, validates=bool(validation), publish=publish)
+        check_run(recipe, codebook=codes, source=opened, validates=bool(validation), publish=publish)
         console.say(*notes)
         estimates.check_fits(training, torch_device, out, progress)
         inputs = RunInputs(
             images=console.open_images(images, color=color, limit=limit),
             validation=console.open_images(validation, color=color) if validation else None,
             codebook=None if codebook is None else codebook_input(codebook),
-            source=source,
+            source=opened,
         )
         draft = start_tokenizer_run(out, recipe, inputs, seed=seed, publish=publish)
         return training_run.run(

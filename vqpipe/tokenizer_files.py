@@ -24,6 +24,8 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, build_autoencoder
 from vqpipe.weights import load_tensors, load_weights, save_weights
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+DISCRIMINATOR = "discriminator.safetensors"
+"""Its weights, in artifacts of training with a GAN."""
 ENCODER, DECODER = "_encoder.pth", "_decoder.pth"
 """Suffixes of the two files of a tiny autoencoder."""
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -185,7 +187,7 @@ def write_tokenizer(
     draft.write_json(CONFIG, config_table(autoencoder, image_size))
     draft.write_text(CARD, local_card({**properties(autoencoder, image_size), **rows}))
     if discriminator is not None:
-        with draft.write("discriminator.safetensors") as path:
+        with draft.write(DISCRIMINATOR) as path:
             save_weights(discriminator, path)
 
 

@@ -89,7 +89,7 @@ def save_weights(network: torch.nn.Module, path: Path, metadata: dict[str, str] 
     save_file(tensors, path, metadata)
 
 
-def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+def load_weights(network: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Load exactly these tensors into a network, which may be on the meta device.
 
     Raises:

@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from stages import recipe
 from stages.evaluate import evaluate
 from stages.train import train
+from vqpipe import tokenizer_files
 from vqpipe.artifacts import Artifact, Draft, open_artifact
 from vqpipe.data.images import open_images
 from vqpipe.errors import ArtifactError, ConfigError, VqpipeError
-from vqpipe.files import read_rows
+from vqpipe.files import hash_file, read_rows
 from vqpipe.progress import Throttle
 from vqpipe.quantizers import LcConfig, MultiGroupConfig, QuantizerConfig, VqBridgeConfig, VqConfig
+from vqpipe.tokenizer import Tokenizer
 from vqpipe.training.callbacks import Callback, RunReport
 from vqpipe.training.checkpoint import TrainState
 from vqpipe.training.loggers import LOGGERS, Logger
@@ -326,10 +328,26 @@ def test_a_plan_says_what_was_adapted_and_refuses_a_codebook_that_does_not_fit(
 
 
 def test_whiten_init_with_from_is_refused(go: Any, tmp_path: Path) -> None:
-    (tmp_path / "first").mkdir()
     with pytest.raises(ConfigError, match=r"train\.whiten_init would change .* Add --set train\.whiten_init=false"):
-        go("tuned", set=["train.whiten_init=true"], source=tmp_path / "first")
+        go("tuned", set=["train.whiten_init=true"], source=Path("builtin:photos-f8"))
     assert not list(tmp_path.glob("tuned*"))
+
+
+def test_tokenizer_without_a_manifest_is_trained_further_and_its_weights_are_read_once(
+    go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = go("first", steps=2)
+    Tokenizer.from_pretrained(first.path).save_pretrained(tmp_path / "saved")
+    read: list[Path] = []
+    load = tokenizer_files.load_tensors
+    monkeypatch.setattr(tokenizer_files, "load_tensors", lambda path: read.append(path) or load(path))
+    tuned = go("tuned", steps=2, source=tmp_path / "saved", set=["train.learning_rate=1e-9"])
+    assert read == [tmp_path / "saved" / "model.safetensors"]
+    weights, further = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", tuned.path))
+    for name, value in weights.items():
+        torch.testing.assert_close(further[name], value, rtol=0, atol=1e-5)
+    source = tuned.lineage["inputs"]["from"]
+    assert (source["name"], source["content"]) == ("saved", hash_file(read[0]))
 
 
 def test_an_image_size_that_the_model_cannot_take_is_refused_before_whitening(go: Any, tmp_path: Path) -> None:

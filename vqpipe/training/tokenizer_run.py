@@ -21,7 +21,7 @@ from vqpipe.models import Autoencoder, AutoencoderConfig, DiscriminatorConfig, P
 from vqpipe.quantizers import MultiGroupConfig, QuantizerConfig
 from vqpipe.reports.training import describe_tokenizer
 from vqpipe.tokenizer import Tokenizer
-from vqpipe.tokenizer_files import model_facts, read_config, write_tokenizer
+from vqpipe.tokenizer_files import DISCRIMINATOR, model_facts, write_tokenizer
 from vqpipe.training.callbacks import MetricsLog, ReconstructionGrid, SkippedImages
 from vqpipe.training.checkpoint import TrainState, checkpoints
 from vqpipe.training.config import TokenizerTrainConfig
@@ -56,15 +56,15 @@ class RunInputs:
     """Images for validation."""
     codebook: Input | str | None = None
     """A codebook artifact, or the sha256 of a codebook file."""
-    source: Path | None = None
-    """A tokenizer to fine-tune."""
+    source: Tokenizer | None = None
+    """A tokenizer to fine-tune, on the CPU."""
 
 
 def check_run(
     recipe: TokenizerRecipe,
     *,
     codebook: Tensor | None = None,
-    source: Path | None = None,
+    source: Tokenizer | None = None,
     validates: bool = False,
     publish: Publish = "last",
 ) -> None:
@@ -95,7 +95,7 @@ def check_run(
         )
     if source is not None and train.whiten_init:
         raise ConfigError(
-            f"train.whiten_init would change the latents and the codebook of --from {source}, which belong together",
+            f"train.whiten_init would change the latents and the codebook of {source.name}, which belong together",
             "Add --set train.whiten_init=false",
         )
     check_networks(recipe, source, codebook)
@@ -103,7 +103,7 @@ def check_run(
         backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights)
 
 
-def check_networks(recipe: TokenizerRecipe, source: Path | None, codebook: Tensor | None) -> None:
+def check_networks(recipe: TokenizerRecipe, source: Tokenizer | None, codebook: Tensor | None) -> None:
     """Check that tokenizer to fine-tune and codebook fit the settings, without memory for the networks.
 
     Raises:
@@ -139,8 +139,7 @@ def start_tokenizer_run(
     if recipe.objective.perceptual != "none":
         roles["lpips"] = hash_file(backbone_file(recipe.objective.perceptual, recipe.objective.lpips_weights))
     if inputs.source is not None:
-        read_config(inputs.source / "config.json")  # first: its error names what the folder holds instead
-        roles["from"] = artifacts.open_artifact(inputs.source, "tokenizer")
+        roles["from"] = inputs.source.source
     request = {**to_request(recipe), "seed": seed, "publish": publish}
     if publish == "best" and not recipe.train.validate_every:
         request["train"]["sample_every"] = recipe.train.sample_every  # validates too, and so decides which are the best
@@ -175,7 +174,7 @@ def train_tokenizer(
         found, wanted = counted(len(inputs.images), "images"), recipe.train.global_batch_size
         progress.message(f"{found} for the {wanted:,} of a step: each is drawn several times")
     if codebook is not None and inputs.source is not None:
-        progress.message(f"the codes of --codebook replace those of {inputs.source}")
+        progress.message(f"the codes of --codebook replace those of {inputs.source.name}")
     if inputs.images.whole_groups:
         progress.message(
             "each image of a Parquet file is read with its whole row group, which makes shuffled reading slow; "
@@ -223,7 +222,7 @@ def train_tokenizer(
 
 
 def build_networks(
-    recipe: TokenizerRecipe, source: Path | None, codebook: Tensor | None
+    recipe: TokenizerRecipe, source: Tokenizer | None, codebook: Tensor | None
 ) -> tuple[Autoencoder, PatchDiscriminator]:
     """The autoencoder and the discriminator, fresh or from the tokenizer to fine-tune, with the codebook loaded.
 
@@ -240,15 +239,15 @@ def build_networks(
         )
     discriminator = PatchDiscriminator(recipe.discriminator)
     if source is not None:
-        tokenizer = Tokenizer.from_pretrained(source)
+        weights = {name: value.clone() for name, value in source.autoencoder.state_dict().items()}
         try:
-            load_weights(model, tokenizer.autoencoder.state_dict(), source)
+            load_weights(model, weights, source.name)
         except WeightsError:
-            where = difference(to_table(tokenizer.config), to_table(recipe.model), "model")
+            where = difference(to_table(source.config), to_table(recipe.model), "model")
             hint = "Choose the preset of that tokenizer, or --set what differs"
-            raise ConfigError(f"{source} is another model than the preset's: {where}", hint) from None
-        file = source / "discriminator.safetensors"
-        if recipe.objective.adversarial > 0 and file.is_file():
+            raise ConfigError(f"{source.name} is another model than the preset's: {where}", hint) from None
+        if recipe.objective.adversarial > 0 and source.artifact and DISCRIMINATOR in source.artifact.manifest.files:
+            file = source.artifact.verified_file(DISCRIMINATOR)
             try:
                 load_weights(discriminator, load_tensors(file), file)
             except WeightsError as error:
