@@ -445,6 +445,8 @@ def test_encode_takes_files_and_pil_images(tokenizer: Tokenizer, photo: Path) ->
         ids = tokenizer.encode(crop[None])
         assert torch.equal(tokenizer.encode(image, image_size=32), ids)
         assert torch.equal(tokenizer.encode(str(photo), image_size=32), ids)
+        for one in (image, photo, crop[None]):
+            assert torch.equal(tokenizer.latent(one, image_size=32), tokenizer.latent(crop[None]))
         rows = tokenizer.encode([image, photo, crop], image_size=32)
         assert all(torch.equal(row, ids[0]) for row in rows)
         assert tokenizer.encode(image, image_size=(16, 32)).shape == (1, tokenizer.layout(16, 32).num_tokens)
@@ -457,6 +459,8 @@ def test_encode_takes_files_and_pil_images(tokenizer: Tokenizer, photo: Path) ->
             tokenizer.encode(crop[None], image_size=16)
         with pytest.raises(DataError, match=r"of type ndarray\. Pass tensors, PIL images"):
             tokenizer.encode([crop.numpy()])  # type: ignore[list-item]
+        with pytest.raises(DataError, match="an image of type list"):
+            tokenizer.latent([image])  # type: ignore[arg-type]
     photo.write_bytes(photo.read_bytes()[:100])
     with pytest.raises(DataError, match=r"00\.png: truncated image"):
         tokenizer.encode(photo, image_size=32)

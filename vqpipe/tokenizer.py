@@ -227,9 +227,11 @@ class Tokenizer:
         return read_image(image, self, image_size)
 
     @torch.no_grad()
-    def latent(self, images: Tensor, precision: str = "fp32") -> Tensor:
-        """Encode images to latents before quantization, float[B, C, h, w]; arguments and errors as `encode`."""
-        images = network_input(images, self)
+    def latent(self, images: ImageLike, precision: str = "fp32", *, image_size: Size | None = None) -> Tensor:
+        """Encode images to latents before quantization, float[B, C, h, w]; arguments and errors as `encode`, but no
+        list."""
+        pixels = self.read_image(images, image_size)
+        images = network_input(pixels if isinstance(images, Tensor) else pixels[None], self)
         if len(images) == 0:
             return torch.empty(0, *self.latent_shape(*images.shape[-2:]), dtype=self.dtype, device=self.device)
         with reduced_precision(self.autoencoder, self.device, precision):
