@@ -1,4 +1,5 @@
 import pickle
+import re
 import struct
 import sys
 import warnings
@@ -154,6 +155,10 @@ def test_invalid_folders_are_rejected(tokenizer: Tokenizer, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(config.replace('"codebook_size": 50', '"codebook_size": 51'))
     with pytest.raises(WeightsError, match="do not match their config"):
         Tokenizer.from_pretrained(tmp_path)
+    for side in ('"x"', "128.0", "NaN", "true", "0"):
+        (tmp_path / "config.json").write_text(re.sub('"image_size": .*', f'"image_size": {side}', config))
+        with pytest.raises(ArtifactError, match=r"image_size = .* in .*config\.json is no number of pixels"):
+            Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model": ' + "[" * 100_000)  # too deep for Python's reader of JSON
     with pytest.raises(ArtifactError, match="is not the config of a tokenizer"):
         Tokenizer.from_pretrained(tmp_path)

@@ -112,14 +112,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the config.json of a tokenizer.
 
     Raises:
-        ArtifactError: it is absent or not that of a tokenizer.
+        ArtifactError: it is absent or not that of a tokenizer, or its image size is no number of pixels.
         ConfigError: its folder contains an autoencoder with continuous latents.
         WeightsError: its folder contains a part of such an autoencoder.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(table["model"], dict):
-            return table
+            return checked_size(table, path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     name = diffusers_class(path.parent)
@@ -130,6 +130,14 @@ def read_config(path: Path) -> dict[str, Any]:
             "Pass a tokenizer; only vqpipe eval and vqpipe reconstruct accept this folder",
         )
     raise ArtifactError(f"{path} is absent or is not the config of a tokenizer", "Pass the directory of a tokenizer")
+
+
+def checked_size(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the content of a config.json; an ArtifactError if its image size is no number of pixels."""
+    side = table.get("image_size")
+    if side is not None and (type(side) is not int or side < 1):
+        raise ArtifactError(f"image_size = {side!r} in {path} is no number of pixels", "Correct it, or set it to null")
+    return table
 
 
 def diffusers_class(folder: Path) -> str | None:
