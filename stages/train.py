@@ -73,8 +73,9 @@ def train(
     grid). The best weights are kept: by LPIPS if the objective has it, else
     by PSNR.
 
-    --from starts from another tokenizer of the same model, ours or imported,
-    and from its discriminator if it has one. Parts of it may be frozen:
+    --from starts from another tokenizer of the same model: a folder, yours or
+    imported, hf:OWNER/NAME or builtin:photos-f8; and from its discriminator if
+    it has one. Parts of it may be frozen:
     --set 'train.freeze=["encoder"]' keeps the encoder as it is, "codebook" the
     quantizer; both may be named. The second stage of MGVQ is the preset
     mgvq-f16-g4-finetune, --from the tokenizer of the first.

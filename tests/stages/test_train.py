@@ -294,7 +294,7 @@ LPIPS = ("perceptual=vgg", "lpips=1.0", "lpips_weights=absent")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"first is another model than the preset's: model\.base_channels was 32, now 8"),
+        ({}, r"preset's: model\.base_channels was 32, now 8\. Choose .*, or add .*--set model\.base_channels=32"),
         ({"set": ["data.image_size=31"], "source": None}, "image_size = 31 is not divisible"),
         ({"set": [f"objective.{each}" for each in LPIPS], "source": None}, "vgg16-397923af.pth"),
     ],

@@ -1,5 +1,7 @@
 """The job behind `vqpipe train`: train a tokenizer in a draft, and publish it."""
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from vqpipe import artifacts, distributed
 from vqpipe.artifacts import Artifact, Draft, Input
-from vqpipe.config import difference, to_request, to_table
+from vqpipe.config import difference, flat, to_request, to_table, toml_value
 from vqpipe.data.batches import TrainingStream, check_set_weights
 from vqpipe.data.images import ImageSet
 from vqpipe.data.transforms import DataConfig, to_float
@@ -243,9 +245,9 @@ def build_networks(
         try:
             load_weights(model, weights, source.name)
         except WeightsError:
-            where = difference(to_table(source.config), to_table(recipe.model), "model")
-            hint = "Choose the preset of that tokenizer, or --set what differs"
-            raise ConfigError(f"{source.name} is another model than the preset's: {where}", hint) from None
+            theirs, ours = to_table(source.config), to_table(recipe.model)
+            what = f"{source.name} is another model than the preset's: {difference(theirs, ours, 'model')}"
+            raise ConfigError(what, f"Choose the preset of that tokenizer{as_options(theirs, ours)}") from None
         if recipe.objective.adversarial > 0 and source.artifact and DISCRIMINATOR in source.artifact.manifest.files:
             file = source.artifact.verified_file(DISCRIMINATOR)
             try:
@@ -258,6 +260,17 @@ def build_networks(
     if codebook is not None:
         model.quantizer.load_codebook(codebook)
     return model, discriminator
+
+
+def as_options(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """`, or add --set model.KEY=VALUE ...`: how to make the section [model] `given` the one that is wanted. Empty where
+    their kinds differ, or a setting is to be left out."""
+    values, own = dict(flat(wanted, "model")), dict(flat(given, "model"))
+    differing = {name: value for name, value in values.items() if value != own.get(name)}
+    if values.keys() != own.keys() or None in differing.values():
+        return ""
+    words = (f"{name}={value if isinstance(value, str) else toml_value(value)}" for name, value in differing.items())
+    return ", or add " + " ".join(f"--set {shlex.quote(word)}" for word in words)
 
 
 def training_stream(
