@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe import distributed
 from vqpipe.errors import NumericError
 from vqpipe.generation import DitConfig, Space, build_generator
-from vqpipe.generation.validation import accuracy, rank_batches, validation_losses
+from vqpipe.generation.validation import loss_and_accuracy, rank_batches, validation_losses
 
 
 class Numbers:
@@ -112,11 +113,12 @@ class Lookup(nn.Module):
 
 def test_ties_count_against_the_correct_class() -> None:
     examples = Numbers(3, labels=[0, 1, 6])
-    found = accuracy(Lookup(), examples, batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
-    assert found == {"top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
+    found = loss_and_accuracy(Lookup(), examples, batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
+    loss = F.cross_entropy(Lookup().logits(torch.arange(3)), torch.tensor([0, 1, 6]))
+    assert found == {"total": pytest.approx(float(loss)), "top1": pytest.approx(1 / 3), "top5": pytest.approx(2 / 3)}
 
 
 def test_accuracy_of_nan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lookup, "logits", lambda self, numbers: torch.full((len(numbers), 7), torch.nan))
     with pytest.raises(NumericError, match=r"the classifier returns NaN or infinity .*train\.learning_rate"):
-        accuracy(Lookup(), Numbers(3), batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]
+        loss_and_accuracy(Lookup(), Numbers(3), batch_size=2, device=torch.device("cpu"))  # type: ignore[arg-type]

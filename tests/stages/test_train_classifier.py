@@ -22,7 +22,7 @@ from vqpipe.errors import ArtifactError, ConfigError, DataError, WeightsError
 from vqpipe.generation import train as job
 from vqpipe.generation.base import Space
 from vqpipe.generation.classifier import ClassifierConfig, build_classifier
-from vqpipe.generation.validation import accuracy
+from vqpipe.generation.validation import loss_and_accuracy
 
 OPTIONS: dict[str, Any] = {"preset": "vit-tiny", "steps": 40, "global_batch_size": 9, "device": "cpu"}
 SMALL = ["classifier.width=16", "classifier.depth=1", "classifier.num_heads=2", "classifier.drop_path=0.0"]
@@ -36,9 +36,9 @@ def test_metrics_are_those_of_the_published_weights(
 
     def recorded(network: Any, *arguments: Any, **options: Any) -> dict[str, float]:
         measured.append({name: value.clone() for name, value in network.state_dict().items()})
-        return accuracy(network, *arguments, **options)
+        return loss_and_accuracy(network, *arguments, **options)
 
-    monkeypatch.setattr(job, "accuracy", recorded)
+    monkeypatch.setattr(job, "loss_and_accuracy", recorded)
     overrides = [*OVERRIDES, "train.weight_ema=0.5"]
     train_classifier(drawn.tokens, drawn.tokenizer, tmp_path / "vit", overrides=overrides, **OPTIONS)
     artifact = open_artifact(tmp_path / "vit", "classifier")

@@ -32,7 +32,7 @@ from vqpipe.files import hash_file
 from vqpipe.generation.base import Generator, GeneratorConfig, SamplingConfig, Space, build_generator, check_used
 from vqpipe.generation.classifier import RECIPE, Classifier, ClassifierConfig, build_classifier
 from vqpipe.generation.image_generator import ImageGenerator, image_rngs, write_generator, write_weights
-from vqpipe.generation.validation import accuracy, loss_and_accuracy, validation_losses
+from vqpipe.generation.validation import loss_and_accuracy, validation_losses
 from vqpipe.image_size import fixed_size
 from vqpipe.model_input import latent_size
 from vqpipe.reports.pictures import contact_sheet
@@ -389,7 +389,8 @@ def train_classifier(run: Run, recipe: ClassifierRecipe, stored: StoredExamples)
     if state.step < recipe.train.steps:
         return None
     average: Any = state.weight_ema.network
-    measured = {} if data.validation is None else accuracy(average, data.validation, **measuring(run, recipe))
+    measured = {} if data.validation is None else loss_and_accuracy(average, data.validation, **measuring(run, recipe))
+    measured.pop("total", None)
     weights = state.published()
     if distributed.is_main():
         table = {"classifier": to_table(classifier.config), "space": to_table(classifier.space)}
@@ -423,7 +424,7 @@ def classifier_metrics(data: ExampleData, measured: Mapping[str, float], num_cla
 
 
 def measuring(run: Run, recipe: ExamplesRecipe) -> dict[str, Any]:
-    """Return the options of `validation_losses` and `accuracy`. Batches are as large as those of training."""
+    """Return the options of `validation_losses` and `loss_and_accuracy`. Batches are as large as those of training."""
     size = recipe.train.share(distributed.world_size()) // recipe.train.accumulate
     return {"batch_size": size, "device": run.device, "precision": recipe.train.precision}
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqpipe import distributed
@@ -42,10 +44,11 @@ def validation_losses(
 
 
 @torch.no_grad()
-def accuracy(
+def loss_and_accuracy(
     classifier: Classifier, examples: Examples, *, batch_size: int, device: torch.device, precision: str = "fp32"
 ) -> dict[str, float]:
-    """Return `top1` and, with more than five classes, `top5`: the share of examples whose class is (among) the best.
+    """Return `total`, the mean cross-entropy, `top1` and, with more than five classes, `top5`: the share of examples
+    whose class is (among) the best.
 
     Ties count against the correct class.
 
@@ -53,27 +56,24 @@ def accuracy(
         NumericError: the classifier returns NaN or infinity.
     """
     classifier.eval()
-    sums = torch.zeros(3, dtype=torch.int64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64)
     for _, batch, counts in rank_batches(examples, batch_size):
         labels = batch.labels.to(device)
         with autocast(device, precision):
             logits = classifier.logits(batch.examples.to(device)).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
         better = (logits >= logits.gather(1, labels[:, None])).sum(1) - 1
-        sums += torch.stack([(better < 1).sum(), (better < 5).sum(), (~logits.isfinite()).sum()]) * counts
-    *correct, nonfinite = distributed.all_reduce_sum(sums).tolist()
+        if counts:
+            numbers = [loss, (better < 1).sum(), (better < 5).sum(), (~logits.isfinite()).sum()]
+            sums += torch.stack([number.float() for number in numbers]).cpu()
+    *means, nonfinite = np.sum(distributed.gather_objects(sums.numpy()), axis=0) / len(examples)
     if nonfinite:
         raise NumericError(
             "the classifier returns NaN or infinity for validation images",
             "Lower train.learning_rate or set train.clip_norm, and choose another --out",
         )
-    top1, top5 = (count / len(examples) for count in correct)
-    return {"top1": top1, "top5": top5} if classifier.num_classes > 5 else {"top1": top1}
-
-
-def loss_and_accuracy(classifier: Classifier, examples: Examples, **options: Any) -> dict[str, float]:
-    """Return the `total` of `validation_losses`, and `accuracy`."""
-    total = validation_losses(classifier, examples, **options)["total"]
-    return {"total": total} | accuracy(classifier, examples, **options)
+    names = ("total", "top1", "top5") if classifier.num_classes > 5 else ("total", "top1")
+    return dict(zip(names, map(float, means), strict=False))
 
 
 def rank_batches(examples: Examples, batch_size: int) -> Iterator[tuple[int, ExampleBatch, bool]]:
