@@ -96,4 +96,4 @@ def finished(artifact: "Artifact", as_json: bool, again: bool = False) -> None:
         return
     console.say(f"{'already published' if again else 'published'}: {artifact.path}")
     console.say_next(artifact)
-    print(artifact.verified_file("metrics.json").read_text(encoding="utf-8"), end="")
+    print(artifact.verified_bytes("metrics.json").decode(), end="")

@@ -241,7 +241,8 @@ def build_networks(
         )
     discriminator = PatchDiscriminator(recipe.discriminator)
     if source is not None:
-        weights = {name: value.clone() for name, value in source.autoencoder.state_dict().items()}
+        device = model.last_layer.device  # meta where the networks are only checked
+        weights = {name: value.to(device, copy=True) for name, value in source.autoencoder.state_dict().items()}
         try:
             load_weights(model, weights, source.name)
         except WeightsError:
